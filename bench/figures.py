@@ -1,0 +1,336 @@
+"""The measurements: each compares the numbers first, then times them, then writes its figures."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import onnxplain as ox
+from bench import networks
+from bench.measure import Disagreement, Report, Times, agree, fresh, interleave, seconds
+from bench.networks import Skip
+from bench.tasks import captum_ig, onnxplain_ig
+
+NETWORKS = ("resnet18", "mobilenetv3_large_100", "vit_tiny_patch16_224")
+TARGET = 3
+MEGA = 1e6
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    rounds: int = 15
+    long_rounds: int = 5
+    size: int = 224
+    batches: tuple[int, ...] = (1, 8)
+    n_steps: int = 50
+    ig_images: tuple[int, ...] = (1, 4)
+    internal_batch_sizes: tuple[int, ...] = (4, 8, 16, 25, 50, 100)
+    processes: int = 5
+    rows: int = 10_000
+    memory_limit: int = 512 * 10**6
+    exporter: str = "torchscript"
+    # A hundred-layer network amplifies float32 rounding, and a ReLU or a maximum may fall on its
+    # other side: the greatest relative difference allowed between two right answers.
+    tolerance: float = 1e-3
+
+
+QUICK = Scale(
+    rounds=1, long_rounds=1, size=64, batches=(1, 2), n_steps=4, ig_images=(1, 2),
+    internal_batch_sizes=(2, 4), processes=1, rows=300,
+)  # fmt: skip
+
+
+def both_passes(name: str, batch: int, report: Report, scale: Scale) -> None:
+    """Forward, and forward + input gradient, against PyTorch eager and bare onnxruntime."""
+    prefix = f"network/{name}/{batch}"
+    onnx_file, torch_file = networks.network(name, scale.size, scale.exporter)
+    import torch
+
+    x = networks.images(batch, scale.size)
+    model, module = networks.model(onnx_file), networks.torch_module(torch_file)
+    session, inputs = networks.bare(onnx_file), torch.from_numpy(x)
+    saliency = ox.Saliency(model)
+
+    def torch_forward() -> np.ndarray:
+        with torch.inference_mode():
+            return module(inputs).numpy()
+
+    def torch_gradient() -> np.ndarray:
+        leaf = inputs.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(module(leaf)[:, TARGET].sum(), leaf)
+        return gradient.numpy()
+
+    def forward() -> np.ndarray:
+        return next(iter(model(x).values()))
+
+    def gradient() -> Any:
+        return saliency.attribute(x, target=TARGET, abs=False)
+
+    agree(f"{prefix}/forward", forward(), torch_forward(), scale.tolerance)
+    error = agree(f"{prefix}/gradient", gradient(), torch_gradient(), scale.tolerance)
+    times = interleave(
+        {
+            "forward": forward,
+            "gradient": gradient,
+            "torch forward": torch_forward,
+            "torch gradient": torch_gradient,
+            "bare forward": lambda: session.run(None, {"x": x}),
+        },
+        scale.rounds,
+    )
+    for what, target in (("forward", None), ("gradient", "ratio < 1")):
+        report.figure(
+            f"{prefix}/{what}",
+            **_milliseconds(times, what, f"torch {what}"),
+            baseline="PyTorch eager, 2 threads",
+            target=target,
+            relative_error=error if what == "gradient" else None,
+        )
+    _gradient_over_forward(
+        report, prefix, times, "ratio <= 2.6" if (name, batch) == ("resnet18", 8) else None
+    )
+
+
+def _milliseconds(times: Times, name: str, baseline: str) -> dict[str, Any]:
+    """The fields of a figure that compares two contenders of one measurement."""
+    return {
+        "value": times.median(name) * 1e3,
+        "unit": "ms",
+        "min": times.minimum(name) * 1e3,
+        "ratio": times.ratio(name, baseline),
+        "baseline_value": times.median(baseline) * 1e3,
+        "baseline_min": times.minimum(baseline) * 1e3,
+    }
+
+
+def _gradient_over_forward(report: Report, prefix: str, times: Times, target: str | None) -> None:
+    """Against the faster of the two forward passes: our own, and bare onnxruntime's."""
+    faster = min("forward", "bare forward", key=lambda name: times.median(name))
+    report.figure(
+        f"{prefix}/gradient-over-forward",
+        **_milliseconds(times, "gradient", faster),
+        baseline="onnxruntime alone" if faster == "bare forward" else "onnxplain's forward pass",
+        target=target,
+        ratio_to_own_forward=times.ratio("gradient", "forward"),
+        ratio_to_onnxruntime_forward=times.ratio("gradient", "bare forward"),
+    )
+
+
+def mnist8(report: Report, scale: Scale) -> None:
+    """One row of a small convolutional net from ONNX's model zoo."""
+    file = networks.MNIST8 / "mnist-8.onnx"
+    if not file.exists():
+        raise Skip("the file ../shared/models/mnist8/mnist-8.onnx is not there")
+    sample = np.load(networks.MNIST8 / "test_data_0.npz")
+    _small_model("mnist8", file, sample["inputs"].reshape(1, 1, 28, 28), report, scale, 4)
+
+
+def overhead(report: Report, scale: Scale) -> None:
+    """One row of a net so small that what is left is onnxplain's own time."""
+    _small_model("overhead", networks.TINY, np.zeros((1, 30), np.float32), report, scale, None)
+
+
+def _small_model(
+    name: str, file: Path, x: np.ndarray, report: Report, scale: Scale, limit: float | None
+) -> None:
+    """One row: gradient over forward, and both against onnxruntime running the same graphs."""
+    target = 1
+    model, session = networks.model(file), networks.bare(file)
+    saliency = ox.Saliency(model)
+    explained = model.output.name or ""
+    (given,) = (i.name for i in session.get_inputs())
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "gradient.onnx"
+        ox.differentiate(model, explained, [given]).save(written)
+        backward = networks.bare(written)
+    cotangent = np.zeros_like(model(x)[explained])
+    cotangent[:, target] = 1
+    feeds = {given: x, "cotangent": cotangent}
+
+    gradient = saliency.attribute(x, target=target, abs=False)
+    agree(f"{name}/forward", model(x)[explained], session.run([explained], {given: x})[0])
+    agree(f"{name}/gradient", gradient, backward.run([f"{given}.grad"], feeds)[0])
+    error = networks.directional_error(file, x, target, gradient)
+    if not error < 1e-2:
+        raise Disagreement(f"{name}: gradient and finite difference differ by {error}")
+    times = interleave(
+        {
+            "forward": lambda: model(x),
+            "gradient": lambda: saliency.attribute(x, target=target, abs=False),
+            "bare forward": lambda: session.run(None, {given: x}),
+            "bare gradient": lambda: backward.run(None, feeds),
+        },
+        scale.rounds,
+    )
+    for what in ("forward", "gradient"):
+        fields = _milliseconds(times, what, f"bare {what}")
+        report.figure(
+            f"{name}/{what}",
+            **fields,
+            baseline="onnxruntime alone, same graph",
+            own_ms=fields["value"] - fields["baseline_value"],
+        )
+    report.figure(
+        f"{name}/gradient-over-forward",
+        **_milliseconds(times, "gradient", "forward"),
+        baseline="onnxplain's forward pass",
+        target=None if limit is None else f"ratio <= {limit:g}",
+        ratio_of_graphs=times.ratio("bare gradient", "bare forward"),
+    )
+
+
+def integrated_gradients(images: int, report: Report, scale: Scale) -> None:
+    """Against Captum, on the module itself and on what onnx2torch makes of the file."""
+    prefix = f"integrated-gradients/{images}"
+    networks.require("captum")
+    onnx_file, torch_file = networks.network("resnet18", scale.size, scale.exporter)
+    x = networks.images(images, scale.size)
+    run = onnxplain_ig(networks.model(onnx_file), x, TARGET, scale.n_steps)
+    attributions = run()
+
+    modules = {"captum": networks.torch_module(torch_file)}
+    if find_spec("onnx2torch") is None:
+        report.skip(f"{prefix}/onnx2torch+captum", "needs onnx2torch: pip install onnx2torch")
+    else:
+        modules["onnx2torch+captum"] = networks.converted_module(onnx_file)
+    contenders = {"onnxplain": run}
+    sizes: dict[str, int | None] = {"onnxplain": None}
+    searched: dict[str, dict[str, float]] = {}
+    for tool, module in modules.items():
+        calls = {
+            size: captum_ig(module, x, TARGET, scale.n_steps, size)
+            for size in scale.internal_batch_sizes
+        }
+        agree(f"{prefix}/{tool}", attributions, calls[min(calls)](), scale.tolerance)
+        found = {size: min(seconds(call) for _ in range(2)) for size, call in calls.items()}
+        sizes[tool] = best = min(found, key=found.__getitem__)
+        contenders[tool] = calls[best]
+        searched[tool] = {str(k): v for k, v in found.items()}
+
+    times = interleave(contenders, scale.long_rounds)
+    memory = {
+        tool: _ig_memory(tool, torch_file if tool == "captum" else onnx_file, x, size, scale)
+        for tool, size in sizes.items()
+    }
+    for tool, (_, got) in memory.items():
+        agree(f"{prefix}/{tool}/memory", attributions, got, scale.tolerance)
+    for tool in modules:
+        baseline = f"{tool}, internal_batch_size={sizes[tool]}"
+        report.figure(
+            f"{prefix}/time/{tool}",
+            **_milliseconds(times, "onnxplain", tool),
+            baseline=baseline,
+            target="ratio <= 0.6667" if tool == "captum" else None,
+            speedup=1 / times.ratio("onnxplain", tool),
+            searched_seconds=searched[tool],
+        )
+        ours, theirs = memory["onnxplain"][0], memory[tool][0]
+        report.figure(
+            f"{prefix}/memory/{tool}",
+            ours["peak"] / MEGA,
+            "MB",
+            ratio=ours["peak"] / theirs["peak"],
+            baseline=baseline,
+            baseline_value=theirs["peak"] / MEGA,
+            above_loaded=(ours["peak"] - ours["before"]) / MEGA,
+            baseline_above_loaded=(theirs["peak"] - theirs["before"]) / MEGA,
+        )
+
+
+def _ig_memory(
+    tool: str, file: Path, x: np.ndarray, internal_batch_size: int | None, scale: Scale
+) -> tuple[dict[str, float], np.ndarray]:
+    return _fresh(
+        "integrated_gradients", x, tool=tool, file=str(file), target=TARGET,
+        n_steps=scale.n_steps, internal_batch_size=internal_batch_size,
+    )  # fmt: skip
+
+
+def _fresh(task: str, x: np.ndarray, **options: Any) -> tuple[dict[str, Any], np.ndarray]:
+    """Run a task in a process of its own; what it reports, and the array that it computed."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, result = Path(folder) / "x.npy", Path(folder) / "result.npy"
+        np.save(given, x)
+        reported = fresh(task, x=str(given), result=str(result), **options)
+        return reported, np.load(result)
+
+
+def first_gradient(report: Report, scale: Scale) -> None:
+    """From a path to the first gradient of ResNet-18, in a fresh process each time."""
+    onnx_file, _ = networks.network("resnet18", scale.size, scale.exporter)
+    x = networks.images(1, scale.size)
+    want = ox.Saliency(networks.model(onnx_file)).attribute(x, target=TARGET, abs=False)
+    spent = []
+    for _ in range(scale.processes):
+        reported, gradient = _fresh("first_gradient", x, file=str(onnx_file), target=TARGET)
+        agree("first-gradient", gradient, want, scale.tolerance)
+        spent.append(reported)
+    for name, target, parts in (
+        ("first-gradient", "value < 3", ("gradient",)),
+        ("first-gradient/with-import", None, ("import", "gradient")),
+    ):
+        sums = [sum(s[part] for part in parts) for s in spent]
+        report.figure(name, statistics.median(sums), "s", target=target, min=min(sums))
+
+
+def many_digits(method: str, report: Report, scale: Scale) -> None:
+    """Many rows under a memory limit that bounds the whole process."""
+    name = f"digits/{method}"
+    x = networks.digits(scale.rows)
+    reported, attributions = _fresh(
+        "explain_many", x, method=method, file=str(networks.DIGITS), target=TARGET,
+        memory_limit=scale.memory_limit,
+    )  # fmt: skip
+    rows = np.r_[0:20, scale.rows - 20 : scale.rows]
+    agree(name, attributions[rows], _by_hand(method, networks.model(networks.DIGITS), x[rows]))
+    report.figure(
+        name,
+        reported["peak"] / MEGA,
+        "MB",
+        target=f"value <= {scale.memory_limit / MEGA:g}",
+        rows=scale.rows,
+        rows_per_second=scale.rows / reported["seconds"],
+    )
+
+
+def _by_hand(method: str, model: ox.Model, x: np.ndarray) -> np.ndarray:
+    """What a method attributes, put together from plain gradients of one row at a time."""
+
+    def gradient(at: np.ndarray) -> np.ndarray:
+        rows = [ox.Saliency(model).attribute(r[None], target=TARGET, abs=False) for r in at]
+        return np.concatenate(rows)
+
+    if method == "Saliency":
+        return np.abs(gradient(x))
+    nodes, weights = np.polynomial.legendre.leggauss(50)  # Captum's default rule and steps
+    path = (
+        w / 2 * gradient(((1 + t) / 2 * x).astype(x.dtype))
+        for t, w in zip(nodes, weights, strict=True)
+    )
+    return x * sum(path)
+
+
+def units(scale: Scale) -> dict[str, Callable[[Report, Scale], None]]:
+    """Every measurement by name."""
+    return {
+        **{
+            f"network/{name}/{batch}": partial(both_passes, name, batch)
+            for name in NETWORKS
+            for batch in scale.batches
+        },
+        "mnist8": mnist8,
+        **{f"integrated-gradients/{n}": partial(integrated_gradients, n) for n in scale.ig_images},
+        "first-gradient": first_gradient,
+        **{f"digits/{m}": partial(many_digits, m) for m in ("Saliency", "IntegratedGradients")},
+        "overhead": overhead,
+    }

@@ -1,0 +1,466 @@
+"""The command line: parses, calls, prints.
+
+Results go to standard output, logs and warnings to standard error. Exit status 0: done; 1: refused,
+with one line that says why; 2: wrong usage. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .errors import NoRuleError, NotDifferentiableError, OnnxplainError, TargetError
+
+if TYPE_CHECKING:
+    from .model import Model
+    from .result import Explanation
+
+DEFAULT_METHOD = "integrated-gradients"
+
+
+class _Commands(click.Group):
+    """Turns every refusal of ours into one line and exit status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OnnxplainError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="onnxplain")
+@click.option("-v", "--verbose", is_flag=True, help="Say on standard error what is being done.")
+def main(verbose: bool) -> None:
+    """Explain what an ONNX model answers."""
+    log = logging.getLogger("onnxplain")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
+    warnings.showwarning = lambda message, *rest, **more: click.echo(
+        f"warning: {message}", err=True
+    )
+
+
+# --- what is given on the command line ----------------------------------------------------------
+
+
+def _converted(convert: Callable[[str], Any], must: str) -> Callable[..., Any]:
+    """A click callback for one value, which ``convert`` refuses with ValueError."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        if value is None:
+            return None
+        try:
+            return convert(value)
+        except (ValueError, ZeroDivisionError):
+            raise click.BadParameter(f"{value!r} is not {must}") from None
+
+    return callback
+
+
+def _bytes(text: str) -> int:
+    """``512MB``, ``2 GiB`` or a plain number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", text.strip().lower())
+    if not match or not float(match[1]):
+        raise ValueError(text)
+    power = " kmgt".index(match[2] or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _setting(key: str) -> Callable[..., Any]:
+    """A click callback for a preprocessing flag, checked like the same key of an onnxplain.toml."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        if value is None:
+            return None
+        from .inputs import INPUT_KEYS
+
+        number = int if key in ("size", "crop") else lambda part: float(Fraction(part))
+        try:
+            numbers = [number(part.strip()) for part in value.split(",")]
+            return INPUT_KEYS[key](numbers[0] if key == "scale" and len(numbers) == 1 else numbers)
+        except (ValueError, ZeroDivisionError, OverflowError) as error:
+            reason = error if str(error).startswith("must be") else "must be numbers"
+            raise click.BadParameter(f"{reason}, not {value!r}") from None
+
+    return callback
+
+
+def _figure_path(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
+    if value is None:
+        return None
+    from .result import _FIGURE_SUFFIXES
+
+    path = Path(value)
+    if path.suffix.lower() not in _FIGURE_SUFFIXES:
+        raise click.BadParameter(f"{value!r} must end in one of {', '.join(_FIGURE_SUFFIXES)}")
+    return _writable(ctx, param, value)
+
+
+def _writable(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
+    """A path to write: a mistyped folder should not cost the computation."""
+    if value is not None and not Path(value).parent.is_dir():
+        raise click.BadParameter(f"the folder {str(Path(value).parent)!r} does not exist")
+    return None if value is None else Path(value)
+
+
+def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_model_options = _options(
+    click.argument("model"),
+    click.option("--output-name", metavar="NAME", help="Output to explain [first floating-point]."),
+    click.option(
+        "--provider", metavar="NAME", help="cpu, cuda, tensorrt, ... [the best there is]."
+    ),
+    click.option(
+        "--memory-limit",
+        metavar="SIZE",
+        callback=_converted(_bytes, "a size such as 512MB or 2GiB"),
+        help="Memory that may be held, such as 512MB [half of what is free].",
+    ),
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_preprocessing_options = _options(
+    click.option("--config", metavar="FILE", help="Settings [onnxplain.toml beside the model]."),
+    click.option("--labels", metavar="FILE", help="Class names, one a line."),
+    click.option("--kind", type=click.Choice(["image", "table", "text", "series"])),
+    click.option(
+        "--size", metavar="H,W", callback=_setting("size"), help="Resize pictures to this."
+    ),
+    click.option("--resize", type=click.Choice(["exact", "shortest"]), help="How [exact]."),
+    click.option("--crop", metavar="H,W", callback=_setting("crop"), help="Then keep the center."),
+    click.option("--scale", metavar="S", callback=_setting("scale"), help="Times 0..255 [1/255]."),
+    click.option("--mean", metavar="A,B,C", callback=_setting("mean"), help="Then subtract [0]."),
+    click.option("--std", metavar="A,B,C", callback=_setting("std"), help="Then divide by [1]."),
+    click.option("--channels", type=click.Choice(["L", "RGB", "BGR"]), help="Order of channels."),
+    click.option("--layout", type=click.Choice(["NCHW", "NHWC", "NCL", "NLC"]), help="Axes."),
+)
+
+
+def _load(
+    path: str, output_name: str | None, provider: str | None, memory_limit: int | None
+) -> Model:
+    from .model import Model
+
+    return Model(
+        path,
+        output=output_name,
+        providers=None if provider is None else [provider],
+        memory_limit=memory_limit,
+    )
+
+
+def _columns(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as text columns of equal width, the last one ragged."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
+
+
+def _shape(shape: Iterable[Any] | None) -> str:
+    return "?" if shape is None else f"[{', '.join('?' if n is None else str(n) for n in shape)}]"
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+# --- inspect, layers, methods -------------------------------------------------------------------
+
+
+@main.command()
+@_model_options
+@_json_option
+def inspect(model: str, as_json: bool, **how: Any) -> None:
+    """Say what MODEL is and what of it can be explained."""
+    facts = _facts(_load(model, **how))
+    if as_json:
+        return _print_json(facts)
+    rows = []
+    for key, fact in facts.items():
+        if isinstance(fact, list) and fact and isinstance(fact[0], Mapping):
+            fact = [f"{entry['name']}  {entry['dtype']} {_shape(entry['shape'])}" for entry in fact]
+        elif isinstance(fact, Mapping):
+            fact = [f"{name}: {value}" for name, value in fact.items()]
+        lines = fact if isinstance(fact, list) else [fact]
+        rows += [(key if not i else "", line) for i, line in enumerate(lines)]
+    click.echo(_columns(rows))
+
+
+def _facts(model: Model) -> dict[str, Any]:
+    from .run.session import choose_providers
+
+    graph = model.graph.graph
+    operators = Counter(node.op_type for node in graph)
+    weights = [value.const_value for value in graph.initializers.values()]
+    report = model.batch_report
+    return {
+        "model": model.path,
+        "opset": model.opset,
+        "inputs": [_port(port) for port in model.inputs],
+        "outputs": [_port(port) for port in model.outputs],
+        "explained output": model.output.name,
+        "labels": model.labels,
+        "differentiable": {port.name: _differentiable(model, port.name) for port in model.inputs},
+        "batch": None if report is None else _batch(report),
+        "parameters": sum(weight.size for weight in weights if weight is not None),
+        "operators": dict(operators.most_common()),
+        "providers": [
+            p if isinstance(p, str) else p[0] for p in choose_providers(model.settings.providers)
+        ],
+    }
+
+
+def _port(port: Any) -> dict[str, Any]:
+    return {
+        "name": port.name,
+        "dtype": port.dtype,
+        "shape": None if port.shape is None else list(port.shape),
+    }
+
+
+def _batch(report: Any) -> str:
+    return f"{report.mode}{f' ({report.reason})' if report.reason else ''}"
+
+
+def _differentiable(model: Model, name: str) -> str:
+    """Whether gradient methods reach this input, through what, or why not."""
+    from .model import differentiate
+
+    embedding = model.embedding(name)
+    try:
+        differentiate(model, None, [name if embedding is None else str(embedding.name)])
+    except (NotDifferentiableError, NoRuleError) as error:
+        return f"no: {error}"
+    return "yes" if embedding is None else f"yes, at its embedding {embedding.name}"
+
+
+@main.command()
+@_model_options
+@click.option("--filter", "pattern", metavar="TEXT", help="Only names and scopes that contain it.")
+@_json_option
+def layers(model: str, pattern: str | None, as_json: bool, **how: Any) -> None:
+    """List what can be named as a layer of MODEL."""
+    found = [
+        {
+            "name": layer.name,
+            "operator": layer.operator,
+            "shape": None if layer.shape is None else list(layer.shape),
+            "scope": layer.scope,
+        }
+        for layer in _load(model, **how).layers()
+        if not pattern or pattern.lower() in f"{layer.name}\n{layer.scope or ''}".lower()
+    ]
+    if as_json:
+        return _print_json(found)
+    rows = [(f["name"], f["operator"], _shape(f["shape"]), f["scope"] or "") for f in found]
+    click.echo(_columns([("NAME", "OPERATOR", "SHAPE", "SCOPE"), *rows]))
+
+
+def _method(name: str) -> Any:
+    """The registry's entry for a method; unknown names are wrong usage."""
+    from .methods import registry
+
+    known = registry()
+    name = name.lower().replace("_", "-")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3) or list(known)
+        raise click.UsageError(
+            f"there is no method {name!r}; did you mean {', '.join(near)}? "
+            "'onnxplain methods' lists them all"
+        )
+    return known[name]
+
+
+@main.command()
+@click.argument("name", required=False)
+@_json_option
+def methods(name: str | None, as_json: bool) -> None:
+    """List the methods, or the options of the one called NAME."""
+    from .methods import registry
+
+    infos = [_method(name)] if name else list(registry().values())
+    if as_json:
+        return _print_json([_method_facts(info) for info in infos])
+    if not name:
+        return click.echo(_columns((info.name, info.summary) for info in infos))
+    (info,) = infos
+    click.echo(f"{info.title} ({info.name})\n{info.summary}\n")
+    rows = [("paper", info.paper), ("needs", ", ".join(info.needs)), ("check", info.check)]
+    rows += [(f"--option {key}", repr(value)) for key, value in info.options.items()]
+    click.echo(_columns(row for row in rows if row[1]))
+
+
+def _method_facts(info: Any) -> dict[str, Any]:
+    keys = ("name", "title", "summary", "paper", "needs", "check")
+    options = {key: _plain(value) for key, value in info.options.items()}
+    return {**{key: _plain(getattr(info, key)) for key in keys}, "options": options}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+# --- explain ------------------------------------------------------------------------------------
+
+
+@main.command()
+@_model_options
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("--method", default=DEFAULT_METHOD, show_default=True, help="See 'methods'.")
+@click.option("--target", default="predicted", show_default=True, metavar="N|LABEL|predicted")
+@click.option("--layer", metavar="NAME", help="Explain this layer's values; see 'layers'.")
+@click.option(
+    "--neuron",
+    metavar="I,J,K",
+    callback=_converted(_whole_numbers, "whole numbers with commas between them"),
+    help="Explain this neuron of the layer.",
+)
+@click.option("--baseline", metavar="zero|mean|blur|FILE|NUMBER", help="What absence looks like.")
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the method.")
+@click.option("--seed", type=int, help="For methods that sample.")
+@click.option("--output", callback=_figure_path, metavar="FILE", help="why.png, .svg, .pdf, .html")
+@click.option("--save", callback=_writable, metavar="FILE", help="Everything, as .npz.")
+@_json_option
+@_preprocessing_options
+def explain(
+    model: str,
+    inputs: tuple[str, ...],
+    method: str,
+    target: str,
+    layer: str | None,
+    neuron: tuple[int, ...] | None,
+    baseline: str | None,
+    options: tuple[str, ...],
+    seed: int | None,
+    output: Path | None,
+    save: Path | None,
+    as_json: bool,
+    config: str | None,
+    labels: str | None,
+    output_name: str | None,
+    provider: str | None,
+    memory_limit: int | None,
+    **flags: Any,
+) -> None:
+    """Explain what MODEL answers to INPUT.
+
+    INPUT is an image, .npy, .npz or .csv, or, for a text model, a .txt or the text itself; several
+    are explained together. NAME=INPUT is for the model's input of that name.
+    """
+    info = _method(method)
+    extra = _method_options(options, info.options)
+
+    from .inputs import Preprocessing, find_preprocessing, load_baselines, load_inputs, read_labels
+
+    given = Preprocessing(**flags, labels=read_labels(Path(labels)) if labels else None)
+    setting = find_preprocessing(model, given, config)
+    loaded = _load(model, output_name or setting.output, provider, memory_limit)
+    sample = load_inputs(inputs, loaded.inputs, setting)
+    names = list(setting.labels or loaded.labels or ()) or None
+    if baseline is not None:
+        extra["baselines"] = load_baselines(baseline, sample, loaded.inputs, setting)
+
+    from . import explain as explain_model
+
+    explanation = explain_model(
+        loaded,
+        sample.arrays,
+        method=info.name,
+        target=_target(target, names),
+        layer=layer,
+        neuron=neuron,
+        seed=seed,
+        display=sample.display,
+        labels=names,
+        **extra,
+    )
+    _deliver(explanation, output, save, as_json)
+
+
+def _method_options(given: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """``key=value`` pairs, values as JSON where they are JSON, else as text."""
+    found = {}
+    for pair in given:
+        key, equals, text = pair.partition("=")
+        if not equals or key not in known:
+            problem = f"there is no option {key!r}" if equals else f"{pair!r} is not KEY=VALUE"
+            raise click.UsageError(f"{problem}; this method has {', '.join(known) or 'none'}")
+        try:
+            found[key] = json.loads(text)
+        except json.JSONDecodeError:
+            found[key] = text
+    return found
+
+
+def _target(text: str, labels: Sequence[str] | None) -> Any:
+    """``predicted``, a position in the output (``3`` or ``1,0``), or the position of a label."""
+    if text == "predicted":
+        return text
+    if re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        position = _whole_numbers(text)
+        return position if len(position) > 1 else position[0]
+    if not labels:
+        raise TargetError(
+            f"target {text!r} is a name, but the model's labels are not known: give a number, "
+            "or the names with --labels FILE"
+        )
+    low = [label.lower() for label in labels]
+    places = [i for i, label in enumerate(low) if label == text.lower()]
+    if len(places) == 1:
+        return places[0]
+    if places:
+        raise TargetError(f"target {text!r} is the label of {places}: give one of these numbers")
+    near = [label for label in low if text.lower() in label][:5]
+    near = near or difflib.get_close_matches(text.lower(), low, 5, 0.5) or low[:5]
+    shown = ", ".join(f"{labels[i]!r} ({i})" for i in sorted({low.index(label) for label in near}))
+    raise TargetError(f"there is no label {text!r} among {len(labels)}; the nearest are {shown}")
+
+
+def _deliver(
+    explanation: Explanation, output: Path | None, save: Path | None, as_json: bool
+) -> None:
+    from . import view
+
+    if output is not None:
+        for example in range(len(explanation)):
+            number = f"-{example + 1}" if len(explanation) > 1 else ""
+            explanation.plot(output.with_stem(output.stem + number), example)
+    if save is not None:
+        explanation.save(save)
+    if as_json:
+        return click.echo(explanation.to_json())
+    for example in range(len(explanation)):
+        click.echo(view.terminal(explanation, example))
+        for name in explanation.checks:
+            values = explanation.check_row(name, example)
+            click.echo(f"check {name}: {', '.join(f'{float(v):.3g}' for v in values)}")

@@ -1,0 +1,55 @@
+"""One family of typed errors: each says what was given, why it can't be, and what to do."""
+
+from __future__ import annotations
+
+
+class OnnxplainError(Exception):
+    """Base of every error that onnxplain raises on purpose."""
+
+
+class ModelError(OnnxplainError):
+    """The model file or graph can't be used: missing, empty, truncated, malformed or unsafe."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model is well-formed, but something in it can't be explained."""
+
+
+class ExternalDataError(ModelError):
+    """External weights are missing, too short, or point outside the model's folder."""
+
+
+class InputError(OnnxplainError, ValueError):
+    """An input, baseline or option has the wrong shape, dtype, rank, name or value."""
+
+
+class TargetError(InputError):
+    """The target does not select one output value per example."""
+
+
+class LayerError(InputError):
+    """A layer name is unknown, ambiguous, or not connected to the output."""
+
+
+class NeuronError(InputError):
+    """The neuron selector does not fit the layer's shape."""
+
+
+class NotDifferentiableError(UnsupportedModelError):
+    """No differentiable path joins the explained value and what it is explained by."""
+
+
+class NoRuleError(UnsupportedModelError):
+    """An operator on the path has no derivative rule."""
+
+
+class RuntimeMissingError(OnnxplainError, ImportError):
+    """onnxruntime is not installed."""
+
+
+class OutOfMemoryError(OnnxplainError, MemoryError):
+    """Even one example does not fit the memory allowed."""
+
+
+class FileFormatError(InputError):
+    """An input, configuration or explanation file can't be read as what it should be."""

@@ -1,0 +1,1 @@
+"""Knows ONNX; knows no explanation method."""

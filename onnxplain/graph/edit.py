@@ -1,0 +1,196 @@
+"""Edits of a graph: feed a value, a second forward pass on a reference, many rows an example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxplain.errors import UnsupportedModelError
+from onnxplain.graph.emit import Emitter, dims, rank
+from onnxplain.graph.grad import reads
+
+BATCH = "examples"
+"""The symbol of the examples axis in every normalized model."""
+
+
+def new_input(graph: ir.Graph, name: str, like: ir.Value, shape: Sequence[int | str | None]) -> ir.Value:
+    """Add a graph input of the dtype of ``like``."""
+    assert like.dtype is not None
+    value = ir.Value(name=name, type=ir.TensorType(like.dtype), shape=ir.Shape(shape))
+    graph.inputs.append(value)
+    return value
+
+
+def nodes_within(node: ir.Node) -> Iterable[ir.Node]:
+    """A node and the nodes of its subgraphs."""
+    yield node
+    for attr in node.attributes.values():
+        if attr.type == ir.AttributeType.GRAPH:
+            for inner in attr.as_graph():
+                yield from nodes_within(inner)
+        elif attr.type == ir.AttributeType.GRAPHS:
+            for graph in attr.as_graphs():
+                for inner in graph:
+                    yield from nodes_within(inner)
+
+
+def feed(nodes: Iterable[ir.Node], values: Mapping[ir.Value, ir.Value]) -> None:
+    """Let ``nodes`` read other values: each key is replaced by its value."""
+    for top in nodes:
+        for node in nodes_within(top):
+            for i, v in enumerate(node.inputs):
+                if v in values:
+                    node.replace_input_with(i, values[v])
+
+
+def downstream(graph: ir.Graph, sources: Iterable[ir.Value]) -> list[ir.Node]:
+    """The nodes that depend on any of the sources, in order."""
+    reached, found = set(sources), []
+    for node in graph:
+        if any(v in reached for v in reads(node)):
+            reached.update(node.outputs)
+            found.append(node)
+    return found
+
+
+def upstream(graph: ir.Graph, values: Iterable[ir.Value]) -> list[ir.Node]:
+    """The nodes that any of the values depends on, in order."""
+    needed, found = set(values), []
+    for node in reversed(list(graph)):
+        if any(v in needed for v in node.outputs):
+            needed.update(reads(node))
+            found.append(node)
+    return found[::-1]
+
+
+def twin(
+    op: Emitter, values: Sequence[ir.Value], replaced: Mapping[ir.Value, ir.Value]
+) -> list[ir.Value]:
+    """A second forward pass: copies of ``values`` computed from other inputs.
+
+    Only what depends on a replaced value is copied; the rest is shared.
+    """
+    copies = dict(replaced)
+    nodes = set(upstream(op.graph, values))
+    for node in downstream(op.graph, replaced):
+        if node in nodes and not all(v in replaced for v in node.outputs):
+            copies.update(copy_node(op, node, copies))
+    return [copies.get(v, v) for v in values]
+
+
+def copy_node(
+    op: Emitter, node: ir.Node, values: Mapping[ir.Value, ir.Value]
+) -> dict[ir.Value, ir.Value]:
+    """Append a copy of a node that reads other values; returns its outputs by the originals."""
+    attributes = [
+        ir.Attr(a.name, a.type, a.as_graph().clone(allow_outer_scope_values=True))
+        if a.type == ir.AttributeType.GRAPH
+        else a
+        for a in node.attributes.values()
+    ]
+    copy = ir.Node(
+        node.domain,
+        node.op_type,
+        [values.get(v, v) if v is not None else None for v in node.inputs],
+        attributes,
+        num_outputs=len(node.outputs),
+        overload=node.overload,
+        name=op.name(node.op_type),
+    )
+    for inner in nodes_within(copy):
+        feed([inner], values)
+    outputs = {}
+    for old, new in zip(node.outputs, copy.outputs, strict=True):
+        new.name = op.name(old.name) if old.name else ""
+        new.type, new.shape = old.type, old.shape
+        outputs[old] = new
+    op.graph.append(copy)
+    return outputs
+
+
+def repeat_rows(op: Emitter, value: ir.Value, times: ir.Value) -> ir.Value:
+    """``[N, ...] -> [N * times, ...]``: every row ``times`` times in sequence."""
+    r = rank(value)
+    wide = op.Expand(
+        op.Unsqueeze(value, [1]), op.Concat([1], times, np.ones(r - 1, np.int64), axis=0)
+    )
+    return merge_rows(op, wide, value)
+
+
+def merge_rows(op: Emitter, wide: ir.Value, like: ir.Value) -> ir.Value:
+    """``[N, S, ...] -> [N * S, ...]``; ``like`` has the trailing dimensions."""
+    out = op.Reshape(wide, _with_trailing(op, [op.const(np.asarray([-1], np.int64))], like))
+    # Behind the rewrite the examples symbol stands for the new number of rows, everywhere alike.
+    out.type, out.shape = like.type, like.shape
+    return out
+
+
+def split_rows(op: Emitter, merged: ir.Value, times: ir.Value, like: ir.Value) -> ir.Value:
+    """``[N * S, ...] -> [N, S, ...]``."""
+    lead = [op.const(np.asarray([-1], np.int64)), times]
+    return op.Reshape(merged, _with_trailing(op, lead, like))
+
+
+def _with_trailing(op: Emitter, lead: Sequence[ir.Value], like: ir.Value) -> ir.Value:
+    trailing = dims(like)[1:]
+    if all(isinstance(d, int) for d in trailing):
+        tail = op.const(np.asarray(trailing, np.int64))
+    else:
+        tail = op.Shape(like, start=1)
+    return op.Concat(*lead, tail, axis=0)
+
+
+class Rows:
+    """Runs the part of a graph behind some values with several rows an example.
+
+    ``Rows(op, of, {layer: new})`` lets everything between ``layer`` and ``of`` read ``new``
+    (``N * times`` rows). Values that reach that part by another way are computed once and
+    repeated; shape arithmetic among them is redone for the new number of rows.
+    """
+
+    def __init__(
+        self, op: Emitter, of: Sequence[ir.Value], fed: Mapping[ir.Value, ir.Value], times: ir.Value
+    ) -> None:
+        self._op, self._times = op, times
+        self._lifted: dict[ir.Value, ir.Value] = {}
+        graph = op.graph
+        needed = set(upstream(graph, of))
+        behind = [n for n in downstream(graph, fed) if n in needed]
+        inside = {v for n in behind for v in n.outputs} | set(fed)
+        rows = {v for v in graph.inputs if BATCH in dims(v)}
+        self._row_dependent = rows | {v for n in downstream(graph, rows) for v in n.outputs}
+        bypass = {v for n in behind for v in reads(n) if v not in inside}
+        # A fed value is not its own bypass: inside nodes read the new rows.
+        swap = {v: lifted for v in bypass if (lifted := self._lift(v)) is not v}
+        feed(behind, swap | dict(fed))
+
+    def _lift(self, value: ir.Value) -> ir.Value:
+        if value not in self._row_dependent:
+            return value
+        if value not in self._lifted:
+            self._lifted[value] = self._rows_of(value)
+        return self._lifted[value]
+
+    def _rows_of(self, value: ir.Value) -> ir.Value:
+        op, node = self._op, value.producer()
+        if value.shape is not None and rank(value) and dims(value)[0] == BATCH:
+            return repeat_rows(op, value, self._times)
+        if node is None:
+            raise UnsupportedModelError(
+                f"input '{value.name}' has its examples axis elsewhere than first, so the model "
+                "can't be run with several rows an example; export it with the examples axis first"
+            )
+        if node.op_type == "Shape":
+            (source,) = node.inputs
+            if source is not None and source.shape is not None and dims(source)[0] == BATCH:
+                ones = np.ones(rank(source) - 1, np.int64)
+                full = op.Mul(op.Shape(source), op.Concat(self._times, ones, axis=0))
+                start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+                end = node.attributes["end"].as_int() if "end" in node.attributes else rank(source)
+                return op.Slice(full, [start], [end])
+        values = {v: self._lift(v) for v in node.inputs if v is not None}
+        copies = copy_node(op, node, values)
+        self._lifted.update(copies)
+        return copies[value]

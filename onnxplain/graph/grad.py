@@ -1,0 +1,254 @@
+"""Reverse-mode differentiation of an ONNX graph: the walk, and only the walk.
+
+The walk knows no operator. It finds the nodes between ``of`` and ``wrt``, visits them backwards,
+asks the injected rules for cotangents, and alone handles zeros, absent gradients, accumulation over
+fan-out, un-broadcasting, dtypes and arity. What it emits are standard operators that have rules
+themselves, so its result can be differentiated again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import onnx_ir as ir
+
+from onnxplain.errors import LayerError, NoRuleError, NotDifferentiableError
+from onnxplain.graph import functions, shapes
+from onnxplain.graph.emit import Call, Emitter, is_float
+from onnxplain.rules import Rule, Rules
+from onnxplain.rules.vjp import NO_DERIVATIVE, VJP
+
+
+def backward(
+    op: Emitter,
+    seeds: Mapping[ir.Value, ir.Value],
+    wrt: Sequence[ir.Value],
+    rules: Rules = VJP,
+    opset: int = 21,
+) -> list[ir.Value]:
+    """Emit the vector-Jacobian product of ``seeds`` with respect to ``wrt`` into ``op.graph``.
+
+    Args:
+        op: writes into the graph that holds the forward nodes.
+        seeds: the cotangent of each explained value, of its dtype and shape.
+        wrt: floating-point values of the graph: inputs or intermediates.
+        rules: derivative rules, first match wins.
+        opset: the graph's version of the standard operators.
+
+    Returns:
+        One value per entry of ``wrt``, of its dtype and shape.
+
+    Raises:
+        NotDifferentiableError: only operators without derivative join the two.
+        LayerError: an entry of ``wrt`` does not influence any seed.
+        NoRuleError: an operator between the two has neither rule nor function body.
+    """
+    of = list(seeds)
+    active = _expand_functions(op.graph, of, wrt, rules)
+    _check_connected(op.graph, of, wrt, active)
+    cotangents: dict[ir.Value, list[ir.Value]] = {}
+    for value, seed in seeds.items():
+        cotangents.setdefault(value, []).append(seed)
+
+    for node in reversed(active.nodes):
+        if not any(out in cotangents for out in node.outputs):
+            continue
+        rule = rules.find(node)
+        assert rule is not None  # _expand_functions refused otherwise
+        gs = [
+            _total(op, cotangents, out) if out in cotangents else op.full_like(out, 0.0)
+            for out in node.outputs
+            if out.name and is_float(out)
+        ]
+        wanted = [v in active.values for v in node.inputs]
+        call = Call(node, opset, wanted)
+        for i, g in _apply(op, rule, call, gs):
+            value = call.x[i]
+            if rule.broadcasts:
+                g = op.unbroadcast(g, call.y[0], value)
+            if g.dtype is None:
+                g.type = value.type
+            if g.shape is None:
+                g.shape = value.shape
+            cotangents.setdefault(value, []).append(g)
+    return [_total(op, cotangents, value) for value in wrt]
+
+
+def differentiate(
+    model: ir.Model, of: ir.Value, wrt: Sequence[ir.Value], rules: Rules = VJP
+) -> ir.Model:
+    """The backward graph as a model of its own.
+
+    Inputs: those of ``model`` and ``cotangent`` (dtype and shape of ``of``). Outputs: ``of`` and
+    one ``NAME.grad`` per value of ``wrt``. Errors as :func:`backward`.
+    """
+    model, (of, *wrt) = clone(model, [of, *wrt])
+    graph = model.graph
+    op = Emitter(graph, "grad")
+    taken = {v.name for v in graph.inputs}
+    name = "cotangent"
+    while name in taken:
+        name += "_"
+    seed = ir.Value(name=name, type=of.type, shape=of.shape)
+    graph.inputs.append(seed)
+    grads = backward(op, {of: seed}, wrt, rules, graph.opset_imports.get("", 1))
+    graph.outputs[:] = [of]
+    for value, grad in zip(wrt, grads, strict=True):
+        out = op.Identity(grad)
+        out.name = f"{value.name}.grad"
+        out.type, out.shape = value.type, value.shape
+        graph.outputs.append(out)
+    prune(model)
+    return model
+
+
+def clone(model: ir.Model, values: Sequence[ir.Value] = ()) -> tuple[ir.Model, list[ir.Value]]:
+    """A copy of a model that shares its weights, and the copies of some of its values."""
+    names = [v.name for v in values]
+    copy = model.clone()
+    index = value_index(copy.graph)
+    return copy, [index[n or ""] for n in names]
+
+
+def value_index(graph: ir.Graph) -> dict[str, ir.Value]:
+    """Every value of a graph by its name."""
+    index = {v.name or "": v for v in graph.inputs}
+    index |= dict(graph.initializers)
+    index |= {v.name or "": v for node in graph for v in node.outputs}
+    return index
+
+
+def prune(model: ir.Model) -> None:
+    """Drop the nodes and weights that no output needs."""
+    graph = model.graph
+    keep = set(graph.outputs)
+    for node in reversed(list(graph)):
+        if not any(out in keep or out.uses() for out in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if value not in keep and not value.uses() and not value.is_graph_input():
+            del graph.initializers[name]
+
+
+def reads(node: ir.Node) -> Iterable[ir.Value]:
+    """Values a node reads, those captured by its subgraphs included."""
+    yield from (v for v in node.inputs if v is not None)
+    for attr in node.attributes.values():
+        graphs: Iterable[ir.Graph] = ()
+        if attr.type == ir.AttributeType.GRAPH:
+            graphs = (attr.as_graph(),)
+        elif attr.type == ir.AttributeType.GRAPHS:
+            graphs = attr.as_graphs()
+        for graph in graphs:
+            inner = set(graph.inputs) | set(graph.initializers.values())
+            inner |= {v for n in graph for v in n.outputs}
+            yield from (v for n in graph for v in reads(n) if v not in inner)
+            yield from (v for v in graph.outputs if v not in inner)
+
+
+class _Active:
+    """Nodes and values through which a differentiable path from ``wrt`` to ``of`` runs."""
+
+    def __init__(self, graph: ir.Graph, of: Sequence[ir.Value], wrt: Sequence[ir.Value]) -> None:
+        reached: set[ir.Value] = set(wrt)
+        candidates: list[ir.Node] = []
+        for node in graph:
+            if (node.domain, node.op_type) in NO_DERIVATIVE:
+                continue
+            if any(v in reached for v in reads(node)):
+                outs = [v for v in node.outputs if is_float(v)]
+                if outs:
+                    reached.update(outs)
+                    candidates.append(node)
+        needed: set[ir.Value] = set(of)
+        self.nodes: list[ir.Node] = []
+        for node in reversed(candidates):
+            if any(v in needed for v in node.outputs):
+                needed.update(v for v in reads(node) if v in reached)
+                self.nodes.append(node)
+        self.nodes.reverse()
+        self.values = needed & reached
+
+
+def _expand_functions(
+    graph: ir.Graph, of: Sequence[ir.Value], wrt: Sequence[ir.Value], rules: Rules
+) -> _Active:
+    """Replace active operators that have no rule by their function bodies, until all have one."""
+    while True:
+        active = _Active(graph, of, wrt)
+        missing = [n for n in active.nodes if rules.find(n) is None]
+        if not missing:
+            return active
+        for node in missing:
+            if not functions.expand(graph, node):
+                raise NoRuleError(
+                    f"operator {node.op_type} (domain '{node.domain or 'ai.onnx'}', node "
+                    f"'{node.name}') between '{of[0].name}' and '{wrt[0].name}' has no derivative "
+                    "rule and no function body. Explain with respect to a layer behind it, or use "
+                    "a perturbation method, which needs no gradient"
+                )
+
+
+def _check_connected(
+    graph: ir.Graph, of: Sequence[ir.Value], wrt: Sequence[ir.Value], active: _Active
+) -> None:
+    for value in wrt:
+        if not is_float(value):
+            raise NotDifferentiableError(
+                f"'{value.name}' has dtype {value.dtype}, which can't carry a gradient; explain "
+                "with respect to the layer that turns it into numbers (an embedding)"
+            )
+        if value in active.values and any(
+            v in active.values for v in of
+        ):
+            continue
+        reached, blocked = {value}, []
+        for node in graph:
+            if any(v in reached for v in reads(node)):
+                reached.update(node.outputs)
+                if (node.domain, node.op_type) in NO_DERIVATIVE:
+                    blocked.append(node)
+        if not any(v in reached for v in of):
+            raise LayerError(
+                f"'{of[0].name}' does not depend on '{value.name}': there is nothing to explain "
+                "between them; choose a layer on the way to the explained value"
+            )
+        names = ", ".join(sorted({n.op_type for n in blocked})) or "casts to integers"
+        raise NotDifferentiableError(
+            f"no differentiable path joins '{value.name}' and '{of[0].name}': every path passes "
+            f"an operator without derivative ({names}). Gradient methods can't explain this "
+            "model; use a perturbation method"
+        )
+
+
+def _apply(
+    op: Emitter, rule: Rule, call: Call, gs: Sequence[ir.Value]
+) -> Iterable[tuple[int, ir.Value]]:
+    """Call a rule; yields the wanted cotangents with the index of their input."""
+    result = rule.function(op, call, *gs)
+    items = list(result) if isinstance(result, tuple | list) else [result]
+    for i in range(len(call.x)):
+        if not call.needs(i):
+            continue
+        item = items[i] if i < len(items) else None
+        g = item() if callable(item) else item
+        if g is None:
+            raise NoRuleError(
+                f"operator {call.node.op_type} (node '{call.node.name}') has no derivative with "
+                f"respect to its input {i} ('{call.x[i].name}'), which depends on what is "
+                "explained by. Use a perturbation method, which needs no gradient"
+            )
+        yield i, g
+
+
+def _total(
+    op: Emitter, cotangents: dict[ir.Value, list[ir.Value]], value: ir.Value
+) -> ir.Value:
+    """The accumulated cotangent of a value (kept, so that it is summed once)."""
+    parts = cotangents[value]
+    total = parts[0]
+    for part in parts[1:]:
+        total = op.Add(total, part)
+        total.shape = value.shape
+    cotangents[value] = [total]
+    return total

@@ -1,0 +1,120 @@
+"""Text to token numbers: plain words with a vocabulary file, or a ``tokenizer.json``."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import FileFormatError, InputError
+from .files import check_file, read_lines
+from .preprocessing import Preprocessing
+
+log = logging.getLogger("onnxplain")
+
+_WORD = re.compile(r"[\w']+|[^\w\s]")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """int64 [N, T]: token numbers, 0 where padded else 1, segments; tokens without the padding."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    types: np.ndarray
+    tokens: list[list[str]]
+
+
+def words(text: str, lowercase: bool = False) -> list[str]:
+    """Runs of letters, digits and apostrophes, and single punctuation marks."""
+    return _WORD.findall(text.lower() if lowercase else text)
+
+
+def encode(texts: Sequence[str], setting: Preprocessing, length: int | None) -> Encoded:
+    """Texts as token numbers, cut or padded at the end to ``length`` (None: to the longest)."""
+    if setting.tokenizer is None:
+        raise InputError(
+            "no tokenizer is known for this model's text: set tokenizer and vocabulary in [input] "
+            "of an onnxplain.toml beside it, or put its tokenizer.json there"
+        )
+    if setting.tokenizer == "words":
+        return _encode_words(texts, setting, length)
+    return _encode_subwords(texts, setting, Path(setting.tokenizer), length)
+
+
+def _common_length(counts: Sequence[int], length: int | None) -> int:
+    if length is not None and max(counts) > length:
+        log.warning("text of %d tokens is cut to the model's %d", max(counts), length)
+    return length or max(counts)
+
+
+def _encode_words(texts: Sequence[str], setting: Preprocessing, length: int | None) -> Encoded:
+    if setting.vocabulary is None:
+        raise InputError("the tokenizer 'words' needs a vocabulary file, one token a line")
+    numbers = {token: i for i, token in enumerate(read_lines(Path(setting.vocabulary)))}
+    rows = [words(text, bool(setting.lowercase)) for text in texts]
+    for text, row in zip(texts, rows, strict=True):
+        if not row:
+            raise InputError(f"the text {text[:40]!r} has no words")
+    length = _common_length([len(row) for row in rows], length)
+
+    def number(token: str | None, what: str) -> int:
+        if token not in numbers:
+            raise InputError(
+                f"{what}, and {token!r} is not in {setting.vocabulary}: set it in [input] of the "
+                "onnxplain.toml"
+            )
+        return numbers[token]
+
+    rows = [row[:length] for row in rows]
+    mask = np.array([[t < len(row) for t in range(length)] for row in rows], np.int64)
+    ids = np.zeros_like(mask)
+    if not mask.all():
+        ids[:] = number(setting.pad, "texts of other lengths need 'pad'")
+    for i, row in enumerate(rows):
+        for t, token in enumerate(row):
+            known = token if token in numbers else setting.unknown
+            ids[i, t] = number(known, f"the word {token!r} needs 'unknown'")
+    return Encoded(ids, mask, np.zeros_like(mask), rows)
+
+
+def _encode_subwords(
+    texts: Sequence[str], setting: Preprocessing, path: Path, length: int | None
+) -> Encoded:
+    check_file(path)
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise InputError(
+            f'{path} needs the package tokenizers: pip install "onnxplain[text]"'
+        ) from None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing narrower
+        raise FileFormatError(f"{path} is not a tokenizer: {error}") from None
+    own = tokenizer.padding or {}
+    tokenizer.no_padding()
+    if length is not None:
+        _common_length([len(e.ids) for e in tokenizer.encode_batch(list(texts))], length)
+        tokenizer.enable_truncation(length)
+    encoded = tokenizer.encode_batch(list(texts))
+    if not all(e.ids for e in encoded):
+        raise InputError("one of the texts has no tokens")
+    length = _common_length([len(e.ids) for e in encoded], length)
+    if any(len(e.ids) < length for e in encoded):
+        candidates = (setting.pad, own.get("pad_token"), "[PAD]", "<pad>")
+        pad = next((t for t in candidates if t and tokenizer.token_to_id(t) is not None), None)
+        if pad is None:
+            raise InputError(f"{path} has no padding token: set 'pad' in an onnxplain.toml")
+        for e in encoded:
+            e.pad(length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+    ids, mask, types = (
+        np.array([getattr(e, name) for e in encoded], np.int64)
+        for name in ("ids", "attention_mask", "type_ids")
+    )
+    shown = [e.tokens[: sum(e.attention_mask)] for e in encoded]  # padding is at the end
+    return Encoded(ids, mask, types, shown)

@@ -1,0 +1,208 @@
+"""Of what, with respect to what: the one question every attribution method answers.
+
+A method explains one value of the graph (``of``: the output, or a neuron of a layer) by others
+(``wrt``: the inputs, or layers). Layer and neuron variants are choices of these two, not code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxplain.errors import InputError, UnsupportedModelError
+from onnxplain.graph.edit import BATCH
+from onnxplain.graph.emit import dims, is_float, static_dims
+from onnxplain.methods import target as targets
+from onnxplain.model import Model, single
+from onnxplain.run.feeds import Arrays, Feeds, in_form
+
+Layers = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A resolved question: checked inputs, the explained value and its cotangent, the sources."""
+
+    feeds: Feeds
+    of: ir.Value
+    wrt: tuple[ir.Value, ...]
+    shape: tuple[int, ...]
+    seeds: targets.Seeds
+    indices: np.ndarray | None
+    at_once: bool
+    form: str
+    groups: tuple[int, ...] | None
+
+    @property
+    def key(self) -> Hashable:
+        """What a compiled program for this question depends on."""
+        return (self.of.name, tuple(v.name for v in self.wrt), self.feeds.explained)
+
+    def answer(self, arrays: Sequence[np.ndarray]) -> Any:
+        """Attributions in the form in which the sources were named."""
+        if self.groups is None:
+            names = [v.name or "" for v in self.wrt]
+            return in_form(dict(zip(names, arrays, strict=True)), self.form)
+        out, start = [], 0
+        for size in self.groups:
+            part = tuple(arrays[start : start + size])
+            out.append(part if size > 1 else part[0])
+            start += size
+        return out if self.form == "list" else out[0]
+
+
+class Attribution:
+    """Base of the attribution methods.
+
+    Args:
+        model: the model.
+        of: name of a layer whose neurons are explained; None for the model's output.
+        wrt: name (or list of names) of layers to explain by; None for the inputs.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ("gradient",)
+    check: ClassVar[str] = "none"
+    multiplies_by_inputs: bool = False
+
+    def __init__(self, model: Model, *, of: str | None = None, wrt: Layers | None = None) -> None:
+        if not isinstance(model, Model):
+            raise InputError(
+                f"a method explains an onnxplain.Model, not {type(model).__name__}; wrap it: "
+                "ox.Model(path)"
+            )
+        if not model.has_examples:
+            raise UnsupportedModelError(
+                "the model was loaded with examples_axis=None, so it has no examples to explain; "
+                "name the axis, or use model(...) and differentiate"
+            )
+        self.model = model
+        self._of = of
+        self._wrt = wrt
+        self._resolve(False, False)  # unknown names are refused where they are given
+
+    @property
+    def of(self) -> str:
+        """Name of the explained value."""
+        return self._of or self.model.output.name or ""
+
+    @property
+    def wrt(self) -> tuple[str, ...]:
+        """Names of what it is explained by."""
+        if self._wrt is None:
+            return tuple(i.name for i in self.model.inputs)
+        return (self._wrt,) if isinstance(self._wrt, str) else tuple(self._wrt)
+
+    def has_convergence_delta(self) -> bool:
+        """Whether :meth:`attribute` can return a convergence delta."""
+        return False
+
+    def _resolve(
+        self, of_entering: bool, wrt_entering: bool
+    ) -> tuple[ir.Value, list[tuple[ir.Value, ...]] | None]:
+        of = (
+            self.model.output
+            if self._of is None
+            else single(self.model, self._of, entering=of_entering)
+        )
+        if self._wrt is None:
+            return of, None
+        return of, [self.model.resolve(name, entering=wrt_entering) for name in self.wrt]
+
+    def _ask(
+        self,
+        inputs: Arrays,
+        selector: Any,
+        additional: Arrays,
+        *,
+        of_entering: bool = False,
+        wrt_entering: bool = False,
+    ) -> Question:
+        """Check and resolve a call of ``attribute``.
+
+        ``selector`` is a target, or a neuron selector where ``of`` names a layer.
+        """
+        of, groups = self._resolve(of_entering, wrt_entering)
+        feeds = self.model.feeds(inputs, additional)
+        form = feeds.form
+        if groups is None:
+            by_name = {v.name: v for v in self.model.graph.graph.inputs}
+            wrt = tuple(by_name[name] for name in feeds.explained)
+        else:
+            wrt = tuple(v for group in groups for v in group)
+            form = "array" if isinstance(self._wrt, str) else "list"
+        for value in wrt:
+            self._check_source(value)
+        if not is_float(of):
+            raise InputError(f"'{of.name}' is not floating-point: there is no score to explain")
+        at_once = not self._per_example(of)
+        shape = self._trailing(of, feeds, at_once)
+        assert of.dtype is not None
+        dtype = of.dtype.numpy()
+        indices = None
+        if self._of is not None:
+            seeds = targets.mask_seeds(targets.neuron_mask(selector, shape, dtype))
+        elif at_once:
+            if selector is not None or int(np.prod(shape)) != 1:
+                raise InputError(
+                    f"output '{of.name}' has no examples axis (shape {list(shape)}); only one "
+                    "number for the whole batch, with target=None, can be explained"
+                )
+            seeds = targets.mask_seeds(np.ones((1, *shape), dtype))
+        else:
+            indices = targets.target_indices(selector, shape, feeds.count)
+            seeds = targets.target_seeds(indices, shape, dtype)
+        return Question(
+            feeds, of, wrt, shape, seeds, indices, at_once, form,
+            None if groups is None else tuple(len(g) for g in groups),
+        )
+
+    def _check_source(self, value: ir.Value) -> None:
+        """Refuse an input that can't carry a gradient, naming the layer that can."""
+        if is_float(value) or not value.is_graph_input():
+            return
+        layer = self.model.embedding(value.name or "")
+        hint = (
+            f"explain by its embedding layer '{layer.name}' instead (a Layer... method, or "
+            "layer= in ox.explain), and sum over the last axis"
+            if layer is not None
+            else "pass it in additional_forward_args, or use a perturbation method"
+        )
+        raise InputError(
+            f"input '{value.name}' holds {value.dtype.name.lower() if value.dtype else '?'} "
+            f"values, which can't carry a gradient: {hint}"
+        )
+
+    def _per_example(self, value: ir.Value) -> bool:
+        """Whether a value's first axis counts examples."""
+        if value.shape is None:
+            return True
+        d = dims(value)
+        if self.model.fixed_batch is not None:
+            return bool(d) and d[0] == self.model.fixed_batch
+        return bool(d) and (not isinstance(d[0], int) or d[0] == BATCH)
+
+    def _trailing(self, value: ir.Value, feeds: Feeds, at_once: bool) -> tuple[int, ...]:
+        """A value's shape without the examples axis; measured on one row when it is dynamic."""
+        if value.shape is not None:
+            known = static_dims(value) if at_once else _integers(dims(value)[1:])
+            if known is not None:
+                return known
+        if value.is_graph_input():
+            return feeds.arrays[value.name or ""].shape[1:]
+        one = Feeds(
+            {k: v[:1] if self.model.axes[k] is not None else v for k, v in feeds.arrays.items()},
+            feeds.explained, feeds.form, 1,
+        )
+        result = self.model.run(self.model.forward([value.name or ""]), one)[value.name or ""]
+        return result.shape if at_once else result.shape[1:]
+
+
+def _integers(d: Sequence[Any]) -> tuple[int, ...] | None:
+    return tuple(d) if all(isinstance(k, int) for k in d) else None

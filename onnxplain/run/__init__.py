@@ -1,0 +1,1 @@
+"""Graph to results: sessions, providers, chunks, memory, device binding."""

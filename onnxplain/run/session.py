@@ -1,0 +1,213 @@
+"""One compiled onnxruntime session for a graph."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxplain.errors import (
+    InputError,
+    ModelError,
+    OutOfMemoryError,
+    RuntimeMissingError,
+    UnsupportedModelError,
+)
+
+log = logging.getLogger("onnxplain")
+
+Provider = str | tuple[str, Mapping[str, Any]]
+
+# Weights above this size are handed to onnxruntime beside the graph, never inside its protobuf,
+# which may not exceed 2 GiB.
+_INLINE_BYTES = 1024
+
+_SHORT_NAMES = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "rocm": "ROCMExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+# Providers worth taking without being asked, best first.
+_PREFERRED = ("CUDAExecutionProvider", "ROCMExecutionProvider", "CPUExecutionProvider")
+
+_MEMORY_WORDS = (
+    "failed to allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "bad allocation",
+    "cublas_status_alloc_failed",
+    "available memory of",
+)
+
+
+@functools.cache
+def runtime() -> ModuleType:
+    """The onnxruntime module.
+
+    Raises:
+        RuntimeMissingError: it is not installed; the message says what to install.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RuntimeMissingError(
+            "onnxruntime is not installed, and onnxplain runs models on it: install "
+            'pip install "onnxplain[cpu]" (or "onnxplain[gpu]" for CUDA, never both)'
+        ) from error
+    return onnxruntime
+
+
+def choose_providers(providers: Sequence[Provider] | None) -> list[Provider]:
+    """onnxruntime's execution providers for a request, short names understood.
+
+    Raises:
+        InputError: a provider is not available in the installed onnxruntime.
+    """
+    available = runtime().get_available_providers()
+    if providers is None:
+        chosen: list[Provider] = [p for p in _PREFERRED if p in available] or list(available[:1])
+        _say_once(chosen[0] if isinstance(chosen[0], str) else chosen[0][0])
+        return chosen
+    if isinstance(providers, str):
+        providers = [providers]
+    resolved: list[Provider] = []
+    for provider in providers:
+        given, options = (provider, None) if isinstance(provider, str) else provider
+        name = _SHORT_NAMES.get(given.lower(), given)
+        if name not in available:
+            raise InputError(
+                f"provider '{given}' is not available in the installed onnxruntime "
+                f"(available: {', '.join(available)}); install the build that has it or choose "
+                "another"
+            )
+        resolved.append(name if options is None else (name, options))
+    if not resolved:
+        raise InputError("providers is empty: name at least one, or leave it out for the best")
+    return resolved
+
+
+@functools.cache
+def _say_once(provider: str) -> None:
+    log.info("onnxplain runs on %s", provider)
+
+
+class Session:
+    """A graph compiled for onnxruntime; runs named arrays to named arrays."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        providers: Sequence[Provider] | None = None,
+        options: Any = None,
+    ) -> None:
+        ort = runtime()
+        settings = _copy_options(options)
+        if options is None:
+            settings.log_severity_level = 3  # warnings about the user's graph are not ours to show
+        proto, weights = _split_weights(model)
+        if weights:
+            settings.add_external_initializers(list(weights), list(weights.values()))
+        try:
+            self._session = ort.InferenceSession(
+                proto.SerializeToString(), settings, providers=choose_providers(providers)
+            )
+        except Exception as error:  # onnxruntime raises a class of its own for each status
+            if _is_memory_error(error):
+                raise OutOfMemoryError(f"onnxruntime could not load the graph: {error}") from error
+            raise UnsupportedModelError(
+                f"onnxruntime can't run this graph: {_first_line(error)}"
+            ) from error
+        self.inputs = [i.name for i in self._session.get_inputs()]
+        self.outputs = [o.name for o in self._session.get_outputs()]
+        self.providers = self._session.get_providers()
+        self._device = "cpu" if self.providers[0] == "CPUExecutionProvider" else (
+            "cuda" if self.providers[0] in ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+            else None
+        )
+
+    def __call__(
+        self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run once.
+
+        Raises:
+            OutOfMemoryError: the device's memory does not suffice for these rows.
+            ModelError: onnxruntime failed for another reason.
+        """
+        names = list(outputs or self.outputs)
+        known = {k: v for k, v in feeds.items() if k in self.inputs}
+        try:
+            results = self._session.run(names, known)
+        except Exception as error:
+            if _is_memory_error(error):
+                raise OutOfMemoryError(f"onnxruntime ran out of memory: {_first_line(error)}") from error
+            raise ModelError(f"onnxruntime failed while running: {_first_line(error)}") from error
+        return dict(zip(names, results, strict=True))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _is_memory_error(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(word in text for word in _MEMORY_WORDS)
+
+
+def _copy_options(options: Any) -> Any:
+    """A copy of the user's session options: what we add must not show up in theirs."""
+    fresh = runtime().SessionOptions()
+    if options is not None:
+        for name in dir(options):
+            value = getattr(options, name)
+            if not name.startswith("_") and not callable(value):
+                try:
+                    setattr(fresh, name, value)
+                except (AttributeError, TypeError):
+                    continue
+    return fresh
+
+
+def _split_weights(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """The graph as a small protobuf, and its large weights as onnxruntime values."""
+    graph = model.graph
+    large = {
+        name: value
+        for name, value in graph.initializers.items()
+        if value.const_value is not None and _movable(value.const_value)
+    }
+    for name in large:
+        del graph.initializers[name]
+    try:
+        proto = ir.to_proto(model)
+    finally:
+        graph.initializers.update(large)
+    weights = {}
+    make = runtime().OrtValue.ortvalue_from_numpy
+    for name, value in large.items():
+        tensor = value.const_value
+        assert tensor is not None
+        stub = proto.graph.initializer.add()
+        stub.name, stub.data_type = name, int(tensor.dtype)
+        stub.dims.extend(tensor.shape.numpy())
+        stub.data_location = onnx.TensorProto.EXTERNAL
+        stub.external_data.add(key="location", value="memory")
+        weights[name] = make(np.ascontiguousarray(tensor.numpy()))
+    return proto, weights
+
+
+def _movable(tensor: ir.TensorProtocol) -> bool:
+    plain = tensor.dtype.numpy().kind in "fiub" and tensor.dtype.numpy().isbuiltin == 1
+    return bool(plain and math.prod(tensor.shape.numpy()) * tensor.dtype.itemsize > _INLINE_BYTES)

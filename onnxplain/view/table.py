@@ -1,0 +1,102 @@
+"""Tables, and anything that can be listed: attributions ranked by size, beside the values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from onnxplain.errors import InputError
+from onnxplain.result import strongest
+from onnxplain.view import common
+from onnxplain.view.common import Frame
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    attribution: float
+
+
+def figure(frame: Frame, *, top: int = 15) -> Figure:
+    """Bars of the `top` largest attributions, 'feature = value', and of the sum of the rest."""
+    rows = ranked(frame, top)
+    fig = Figure(figsize=(8, 0.3 * len(rows) + 1.5), dpi=common.DPI, layout="constrained")
+    axes = fig.subplots()
+    amounts = [row.attribution for row in rows]
+    colors = [common.RED if amount > 0 else common.BLUE for amount in amounts]
+    bars = axes.barh(range(len(rows)), amounts, color=colors, height=0.72)
+    for bar in bars[top:]:  # the sum of the others is no feature
+        bar.set_alpha(0.45)
+    axes.bar_label(bars, [common.number(a) for a in amounts], padding=3, fontsize=8)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=9, parse_math=False)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.margins(x=0.16)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
+    words = "attribution (red positive, blue negative)"
+    axes.set_xlabel(words if any(amounts) else "all attributions are zero", fontsize=9)
+    common.title(fig, frame, common.verdict(frame))
+    return fig
+
+
+def lines(frame: Frame, color: bool, *, top: int = 15) -> list[str]:
+    """One terminal line a row: name, attribution, bar."""
+    rows = ranked(frame, top)
+    largest = max(abs(row.attribution) for row in rows) or 1.0
+    width = max(len(row.name) for row in rows)
+    text = []
+    for row in rows:
+        bar = "█" * round(24 * abs(row.attribution) / largest)
+        if color and bar:
+            bar = f"\x1b[{31 if row.attribution > 0 else 34}m{bar}\x1b[0m"
+        text.append(f"{row.name:>{width}}  {row.attribution:+.3e}  {bar}".rstrip())
+    return text
+
+
+def ranked(frame: Frame, top: int) -> list[Row]:
+    """The `top` largest attributions by absolute value, largest first, then the sum of the rest.
+
+    Models with one input per column have one array each; these are ranked together.
+    """
+    if top < 1:
+        raise InputError(f"top is {top}: ask for at least one row")
+    explanation, example, names = frame.explanation, frame.example, frame.names
+    arrays = [explanation.row(name, example).astype(np.float64) for name in names]
+    flat = np.concatenate([array.ravel() for array in arrays])
+    starts = np.cumsum([0, *(array.size for array in arrays)])
+    features, raw = frame.display.feature_names, frame.display.values
+    if not set(names) <= set(explanation.inputs):
+        features = raw = None  # a layer has units, not features
+    if features is not None and frame.display.kind == "table" and len(features) != flat.size:
+        raise InputError(f"{len(features)} feature names for {flat.size} attributions")
+    raw = raw[example].ravel() if raw is not None and raw[example].size == flat.size else None
+
+    def row(at: int) -> Row:
+        owner = int(np.searchsorted(starts, at, side="right")) - 1
+        name, array = names[owner], arrays[owner]
+        index = tuple(int(i) for i in np.unravel_index(at - starts[owner], array.shape))
+        text = name if array.size == 1 else f"{name}[{', '.join(map(str, index))}]"
+        if features is not None and len(features) == flat.size:
+            text = features[at]
+        text = common.shorten(text, 36)
+        x = explanation.inputs.get(name)
+        if raw is not None:
+            text += f" = {_value(raw[at])}"
+        elif x is not None and x.shape[1:] == array.shape:
+            text += f" = {_value(x[example if len(x) == len(explanation) else 0][index])}"
+        return Row(text, float(flat[at]))
+
+    chosen = [index[0] for index in strongest(flat, top)]
+    rows = [row(at) for at in chosen]
+    if flat.size > len(chosen):
+        rest = float(np.delete(flat, chosen).sum())
+        rows.append(Row(f"({flat.size - len(chosen)} others)", rest))
+    return rows
+
+
+def _value(value: np.generic) -> str:
+    return f"{value:.4g}" if isinstance(value, np.floating) else common.shorten(str(value), 16)
