@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
                 traceback.print_exc(file=sys.stderr)
                 report.line(name, error=f"{type(error).__name__}: {error}")
                 failed = True
+        report.line("end", load=_load(), failed=failed)
     return int(failed)
 
 
@@ -71,11 +72,16 @@ def machine() -> dict[str, object]:
         "processor": _processor(),
         "processors": os.cpu_count(),
         "threads": THREADS,
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load": _load(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _load() -> float | None:
+    """Busy processors, averaged over the last minute: above ours, the figures are not to trust."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def _processor() -> str:

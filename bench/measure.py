@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import statistics
 import subprocess
@@ -145,16 +144,24 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def agree(what: str, got: np.ndarray, want: np.ndarray, tolerance: float = 1e-3) -> float:
-    """The largest relative error |got - want| / |want| of an example; Disagreement above the
-    tolerance, for another shape, and where there is nothing to compare (zeros, NaN)."""
+    """The median over examples of the relative error |got - want| / |want|.
+
+    Disagreement above the tolerance, for ten times as much in any one example (rounding may put a
+    ReLU or a maximum on its other side), for another shape, and where there is nothing to compare
+    (zeros, NaN).
+    """
     if got.shape != want.shape:
         raise Disagreement(f"{what}: shape {got.shape} instead of {want.shape}")
     rows = [np.asarray(a, np.float64).reshape(len(want), -1) for a in (got, want)]
     norms = np.linalg.norm(rows[1], axis=1)
     error = np.linalg.norm(rows[0] - rows[1], axis=1) / norms
-    if not (norms > 0).all() or not (error <= tolerance).all():  # NaN fails too
-        raise Disagreement(f"{what}: relative errors {error}, norms {norms}")
-    return float(error.max())
+    typical, worst = float(np.median(error)), float(error.max())
+    if not (norms > 0).all() or not (typical <= tolerance and worst <= 10 * tolerance):  # or NaN
+        raise Disagreement(
+            f"{what}: relative error {typical:.2g}, at worst {worst:.2g} (example "
+            f"{error.argmax()} of {len(error)}), least norm {norms.min():.2g}"
+        )
+    return typical
 
 
 def peak_bytes() -> int:

@@ -379,6 +379,8 @@ def explain(
     """
     info = _method(method)
     extra = _method_options(options, info.options)
+    if baseline is not None and not info.takes_baselines:
+        raise click.UsageError(f"--baseline: method {info.name!r} has none")
 
     from .inputs import Preprocessing, find_preprocessing, load_baselines, load_inputs, read_labels
 
@@ -390,7 +392,7 @@ def explain(
     if baseline is not None:
         extra["baselines"] = load_baselines(baseline, sample, loaded.inputs, setting)
 
-    from . import explain as explain_model
+    from .explain import explain as explain_model
 
     explanation = explain_model(
         loaded,

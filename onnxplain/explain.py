@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-import onnxplain
+
+from onnxplain._version import VERSION
 from onnxplain.errors import InputError
 from onnxplain.graph.emit import is_float
 from onnxplain.methods import MethodInfo, registry
@@ -257,7 +258,7 @@ def _provenance(model: Model) -> dict[str, str]:
         "model": model.path or "",
         "sha256": model.digest,
         "output": model.output.name or "",
-        "onnxplain": onnxplain.__version__,
+        "onnxplain": VERSION,
         "onnxruntime": runtime().__version__,
         "providers": ",".join(session.providers),
     }

@@ -204,19 +204,19 @@ class Explanation:
     def _example(self, example: int, top: int) -> dict[str, Any]:
         index = self.target_index(example)
         return {
-            "target": index,
+            "target": _one_or_all(index),
             "label": self.label(index),
             "value": self.value(example),
             "prediction": [
-                {"index": i, "label": self.label(i), "value": value}
+                {"index": _one_or_all(i), "label": self.label(i), "value": value}
                 for i, value in self.top(example, top)
             ],
-            "checks": {name: self.check_row(name, example) for name in self.checks},
+            "checks": {name: _one_or_all(self.check_row(name, example)) for name in self.checks},
             "attributions": {
                 name: {
                     "sum": self.row(name, example).sum(dtype=np.float64),
                     "top": [
-                        {"index": i, "value": self.row(name, example)[i]}
+                        {"index": _one_or_all(i), "value": self.row(name, example)[i]}
                         for i in strongest(self.row(name, example), top)
                     ],
                 }
@@ -364,6 +364,10 @@ def strongest(array: np.ndarray, k: int) -> list[tuple[int, ...]]:
     chosen = np.flatnonzero(size >= least)
     order = chosen[np.argsort(-size[chosen], kind="stable")][:k]
     return [tuple(int(i) for i in np.unravel_index(flat, array.shape)) for flat in order]
+
+
+def _one_or_all(values: Any) -> Any:
+    return values[0] if values is not None and len(values) == 1 else values
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,7 @@ from onnxplain.graph import shapes
 from onnxplain.graph.grad import differentiate, value_index
 from onnxplain.rules import Rules
 from onnxplain.rules.vjp import VJP
+from tests.reference import CORRECTED
 
 
 @dataclass
@@ -96,7 +97,7 @@ def evaluate(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> list[np.ndarra
     """Outputs by ONNX's reference evaluator (float64)."""
     proto = ir.to_proto(model)
     names = {i.name for i in proto.graph.input}
-    return onnx.reference.ReferenceEvaluator(proto).run(
+    return onnx.reference.ReferenceEvaluator(proto, new_ops=CORRECTED).run(
         None, {k: v for k, v in feeds.items() if k in names}
     )
 
@@ -189,3 +190,36 @@ def _depends(model: ir.Model, of: str, wrt: str) -> bool:
     index = value_index(model.graph)
     active = _Active(model.graph, [index[of]], [index[wrt]])
     return index[of] in active.values
+
+
+def check_adjoint(case: Case) -> None:
+    """Check a linear operator by onnxruntime alone: <v, A u> = <vjp(v), u>, in float32.
+
+    For what ONNX's reference evaluator does not do, or does wrong.
+    """
+    rng = np.random.default_rng(7)
+    arrays = {f"x{i}": np.asarray(a) for i, a in enumerate(case.inputs) if a is not None}
+    names = [k for k, a in arrays.items() if a.dtype == np.float64]
+    feeds = {
+        k: rng.standard_normal(a.shape).astype(np.float32) if k in names else a
+        for k, a in arrays.items()
+        if int(k[1:]) not in case.const
+    }
+    back = gradient(load(make_model(case, "float32")), f"y{case.of}", names)
+    session = ort.InferenceSession(
+        ir.to_proto(back).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    known = {i.name for i in session.get_inputs()}
+    shape_of = ort.InferenceSession(
+        make_model(case, "float32").SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (y,) = shape_of.run(None, feeds)
+    v = rng.standard_normal(y.shape).astype(np.float32)
+    results = session.run(None, {k: a for k, a in {**feeds, "cotangent": v}.items() if k in known})
+    want = float(np.sum(v.astype(np.float64) * y))
+    got = sum(
+        float(np.sum(g.astype(np.float64) * feeds[k]))
+        for k, g in zip(names, results[1:], strict=True)
+    )
+    scale = max(1.0, float(np.linalg.norm(v) * np.linalg.norm(y)))
+    assert abs(got - want) <= 1e-5 * scale, f"<v, A u> = {want:.7g}, <vjp(v), u> = {got:.7g}"

@@ -123,15 +123,15 @@ def test_summary_says_what_was_found_without_the_arrays() -> None:
     assert summary["method"] == "integrated-gradients"
     assert summary["options"] == {"n_steps": 50, "shape": [1, 2], "limit": 0.5}
     first, second = summary["examples"]
-    assert (first["target"], first["label"]) == ([1], "dog")
+    assert (first["target"], first["label"]) == (1, "dog")
     assert first["value"] == pytest.approx(0.7)
     assert [p["label"] for p in first["prediction"]] == ["dog", "cat"]
-    assert first["checks"] == {"convergence_delta": [1e-3]}
+    assert first["checks"] == {"convergence_delta": 1e-3}
     assert first["attributions"]["x"] == {
         "sum": pytest.approx(-0.9),
-        "top": [{"index": [1], "value": -3.0}, {"index": [2], "value": 2.0}],
+        "top": [{"index": 1, "value": -3.0}, {"index": 2, "value": 2.0}],
     }
-    assert second["label"] == "bird" and second["checks"] == {"convergence_delta": [-2e-3]}
+    assert second["label"] == "bird" and second["checks"] == {"convergence_delta": -2e-3}
     assert "NaN" not in full().to_json() and '"nan"' in full().to_json()
 
 

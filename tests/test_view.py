@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,17 +41,22 @@ def explain(
     return Explanation(**(values | changes))
 
 
+def draw(figure: Figure) -> Any:
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas
+
+
 def text_of(figure: Figure) -> str:
     """All text on a figure, once drawn."""
-    FigureCanvasAgg(figure).draw()
-    return "\n".join(t.get_text() for t in figure.findobj(Text) if t.get_visible())
+    draw(figure)
+    texts: list[Any] = figure.findobj(Text)
+    return "\n".join(t.get_text() for t in texts if t.get_visible()).replace("\xa0", " ")
 
 
 def panel(figure: Figure, axes: int) -> np.ndarray:
     """The drawn pixels of one panel, RGB."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+    pixels = np.asarray(draw(figure).buffer_rgba())[..., :3].astype(int)
     box = figure.axes[axes].get_window_extent()
     height = pixels.shape[0]
     return pixels[
@@ -172,18 +179,23 @@ def test_zero_attributions_say_so(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("draw", [view.figure, view.html, view.terminal])
-def test_nan_attributions_are_refused(bad: float, draw: Any) -> None:
+@pytest.mark.parametrize("show", [view.figure, view.html, view.terminal])
+def test_nan_attributions_are_refused(bad: float, show: Any) -> None:
     values = np.ones((1, 6))
     values[0, 2] = bad
-    with pytest.raises(InputError, match="1 attributions of 'x' .* NaN or infinite"):
-        draw(explain(np.ones((1, 6)), values))
+    with pytest.raises(InputError, match="1 attributions of 'x' for example 0 are NaN or infinite"):
+        show(explain(np.ones((1, 6)), values))
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 5, 6, 7), (1, 1, 1, 1, 1)])
 def test_shapes_that_say_nothing_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="say how to show it"):
         view.figure(explain(np.ones(shape), np.ones(shape)))
+
+
+def test_empty_attributions_are_refused() -> None:
+    with pytest.raises(InputError, match="none to show"):
+        view.terminal(explain(np.ones((1, 0)), np.ones((1, 0))))
 
 
 def test_what_is_asked_for_must_exist() -> None:
@@ -210,9 +222,13 @@ def test_titles_name_method_target_and_checks() -> None:
         "convergence_delta": np.array([1.25e-3]),
         "relative_convergence_delta": np.array([-0.002]),
     }
-    said = text_of(view.figure(explain(x, x, checks=checks))).replace("\xa0", " ")
+    said = text_of(view.figure(explain(x, x, checks=checks)))
     for fact in ("integrated-gradients for dog (1) = 8", "delta 0.00125", "relative delta -0.002"):
         assert fact in said
+    neuron = explain(x, x, layer="conv", options={"neuron": (3, 1)})
+    assert view.terminal(neuron).startswith(
+        "integrated-gradients for neuron [3, 1] of layer conv\n"
+    )
     sampled = explain(x, x, checks={"convergence_delta": np.array([-1.0, 3.0])})
     assert "convergence delta 2 (mean size of 2)" in view.terminal(sampled)
 
@@ -232,13 +248,13 @@ def test_table_ranks_bars_by_absolute_value() -> None:
     explanation, data = table(), load_breast_cancer()
     values = explanation.arrays["x"][0]
     figure = view.figure(explanation)
-    FigureCanvasAgg(figure).draw()
+    draw(figure)
     axes = figure.axes[0]
     order = np.argsort(-np.abs(values))
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names[:-1] == [f"{data.feature_names[i]} = {data.data[0, i]:.4g}" for i in order[:15]]
     assert names[-1] == "(15 others)"
-    bars = sorted(
+    bars: list[Any] = sorted(
         axes.patches, key=lambda bar: -bar.get_window_extent().y0
     )  # as seen, from the top
     widths = [bar.get_width() for bar in bars]
@@ -362,7 +378,7 @@ def test_terminal_colors_and_their_absence(monkeypatch: pytest.MonkeyPatch) -> N
     plain = view.terminal(text(), color=False)
     assert "\x1b" not in plain and "good(+2)" in plain and "bad(-2)" in plain
     colored = view.terminal(text(), color=True)
-    red, green, blue = re.search(r"48;2;(\d+);(\d+);(\d+)mgood\x1b\[0m", colored).groups()  # type: ignore[union-attr]
+    red, blue = re.search(r"48;2;(\d+);\d+;(\d+)mgood\x1b\[0m", colored).groups()  # type: ignore[union-attr]
     assert int(red) > int(blue) + 100
     assert "\x1b[2J" not in colored and "\\x1b[2J" in colored
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -391,8 +407,8 @@ def test_text_figure_colors_its_tokens() -> None:
     assert "largest |attribution| 2" in text_of(figure)
     boxes = {t.get_text(): t for t in figure.axes[0].texts}
     assert list(boxes) == ["good", TOKENS[1], "bad", "\\x1b[2J", "$x_1$", "plain"]
-    patches = {word: box.get_bbox_patch() for word, box in boxes.items()}
-    colors = {word: patch.get_facecolor() for word, patch in patches.items() if patch}
+    patches: dict[str, Any] = {word: box.get_bbox_patch() for word, box in boxes.items()}
+    colors = {word: patch.get_facecolor() for word, patch in patches.items()}
     assert colors["good"][0] > colors["good"][2] + 0.4
     assert colors["bad"][2] > colors["bad"][0] + 0.4
     assert colors["plain"] == (1, 1, 1, 1)
@@ -404,12 +420,12 @@ def test_text_figure_wraps_within_its_width_without_overlap() -> None:
     display = Display(kind="text", tokens=[words])
     ascii_only = Display(kind="text", tokens=[words[:150]])
     with pytest.warns(UserWarning, match="missing from font"):
-        view.figure(explain(values, values, display)).savefig("/dev/null", format="png")
+        view.figure(explain(values, values, display)).savefig(io.BytesIO(), format="png")
     figure = view.figure(explain(values[:, :150], values[:, :150], ascii_only))
-    FigureCanvasAgg(figure).draw()
+    draw(figure)
     boxes = [t.get_window_extent() for t in figure.axes[0].texts]
     edge = figure.get_window_extent()
-    for box, after in zip(boxes, boxes[1:], strict=False):
+    for box, after in pairwise(boxes):
         assert edge.x0 <= box.x0 and box.x1 <= edge.x1
         assert after.x0 >= box.x1 or after.y1 <= box.y0
 
@@ -494,14 +510,15 @@ def test_nothing_is_cut_off_or_covers_the_title(shape: tuple[int, ...]) -> None:
         checks={"convergence_delta": np.array([1e-7])},
     )
     figure = view.figure(explanation)
-    FigureCanvasAgg(figure).draw()
+    draw(figure)
     page = figure.get_window_extent()
-    title = figure._suptitle.get_window_extent()  # type: ignore[attr-defined]
+    suptitle: Any = figure._suptitle  # type: ignore[attr-defined]
+    title = suptitle.get_window_extent()
     assert (
         page.y0 <= title.y0 and title.y1 <= page.y1 and page.x0 <= title.x0 and title.x1 <= page.x1
     )
     for axes in figure.axes:
-        box = axes.get_tightbbox()
+        box: Any = axes.get_tightbbox()
         assert box.x0 > page.x0 - 1 and box.x1 < page.x1 + 1 and box.y0 > page.y0 - 1
         assert box.y1 <= title.y0
 

@@ -99,7 +99,8 @@ class Emitter:
         self, op_type: str, *operands: Operand, _outputs: int = 1, _domain: str = "", **attrs: Any
     ) -> Any:
         """Append one node; returns its value, or a tuple of values when ``_outputs`` > 1."""
-        like = next((o for o in operands if isinstance(o, ir.Value)), None)
+        typed = operands[1:] if op_type == "Where" else operands  # a condition is boolean
+        like = next((o for o in typed if isinstance(o, ir.Value)), None)
         inputs = [self._value(o, like) for o in operands]
         while inputs and inputs[-1] is None:
             inputs.pop()
@@ -162,6 +163,18 @@ class Emitter:
             return self.const(np.asarray([known], np.int64))
         return self.Shape(value, start=axis, end=axis + 1)
 
+    def sizes(self, value: ir.Value) -> list[int | ir.Value]:
+        """Every dimension: an integer where it is known, else an int64 vector of length 1."""
+        return [d if isinstance(d, int) else self.dim(value, i) for i, d in enumerate(dims(value))]
+
+    def vector(self, *parts: int | ir.Value) -> ir.Value:
+        """An int64 vector from integers and int64 vectors: a constant where all are known."""
+        values = [p if isinstance(p, ir.Value) else self.const(np.asarray([p], np.int64)) for p in parts]
+        known = [a for v in values if (a := const_array(v)) is not None]
+        if len(known) == len(values):
+            return self.const(np.concatenate([np.empty(0, np.int64), *known]))
+        return self.Concat(*values, axis=0)
+
     def reshape_like(self, g: ir.Value, value: ir.Value) -> ir.Value:
         """``g`` (same number of elements) in the shape of ``value``."""
         known = dims(value)
@@ -211,6 +224,7 @@ class Emitter:
             same = self.Equal(target, self.Shape(from_))
             axes = self.Reshape(self.NonZero(self.Not(same)), [-1])
             g = self.ReduceSum(g, axes, keepdims=1, noop_with_empty_axes=1)
+            g.shape = ir.Shape([None] * len(big))  # shape inference gives up on computed axes
             return self.reshape_like(g, to)
         if sure:
             kept = [a for a in sure if a >= lead]

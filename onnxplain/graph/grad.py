@@ -80,26 +80,31 @@ def differentiate(
     """The backward graph as a model of its own.
 
     Inputs: those of ``model`` and ``cotangent`` (dtype and shape of ``of``). Outputs: ``of`` and
-    one ``NAME.grad`` per value of ``wrt``. Errors as :func:`backward`.
+    one ``NAME.grad`` per value of ``wrt`` (underscores follow where that name is taken, as in a
+    second derivative). Errors as :func:`backward`.
     """
     model, (of, *wrt) = clone(model, [of, *wrt])
     graph = model.graph
     op = Emitter(graph, "grad")
-    taken = {v.name for v in graph.inputs}
-    name = "cotangent"
-    while name in taken:
-        name += "_"
-    seed = ir.Value(name=name, type=of.type, shape=of.shape)
+    seed = ir.Value(name=_free(graph, "cotangent"), type=of.type, shape=of.shape)
     graph.inputs.append(seed)
     grads = backward(op, {of: seed}, wrt, rules, graph.opset_imports.get("", 1))
     graph.outputs[:] = [of]
     for value, grad in zip(wrt, grads, strict=True):
         out = op.Identity(grad)
-        out.name = f"{value.name}.grad"
+        out.name = _free(graph, f"{value.name}.grad")
         out.type, out.shape = value.type, value.shape
         graph.outputs.append(out)
     prune(model)
     return model
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """A name that is not taken yet; takes it."""
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
 
 
 def clone(model: ir.Model, values: Sequence[ir.Value] = ()) -> tuple[ir.Model, list[ir.Value]]:
@@ -116,6 +121,14 @@ def value_index(graph: ir.Graph) -> dict[str, ir.Value]:
     index |= dict(graph.initializers)
     index |= {v.name or "": v for node in graph for v in node.outputs}
     return index
+
+
+def _free(graph: ir.Graph, name: str) -> str:
+    """``name``, with underscores behind it until no value has it."""
+    taken = value_index(graph)
+    while name in taken:
+        name += "_"
+    return name
 
 
 def prune(model: ir.Model) -> None:

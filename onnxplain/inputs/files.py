@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import math
+import struct
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +20,9 @@ from ..errors import FileFormatError
 MAX_TEXT_BYTES = 64 << 20  # configurations, vocabularies, labels, texts
 MAX_TABLE_BYTES = 1 << 30
 MAX_ARCHIVE_BYTES = 8 << 30  # of arrays in one .npz, unpacked
+
+
+_BROKEN = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, struct.error)
 
 
 def check_file(path: Path, limit: int | None = None) -> int:
@@ -59,21 +65,18 @@ def _read_array(file: IO[bytes], size: int, where: str) -> np.ndarray:
             raise ValueError(f"version {version} of the format is for structured arrays")
         header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = header(file)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, SyntaxError) as error:
-        raise FileFormatError(f"{where} is not a NumPy array file: {error}") from None
-    if dtype.kind not in "biuf":
-        raise FileFormatError(f"{where} holds {dtype}, not numbers; save a plain numeric array")
-    needed = math.prod(shape) * dtype.itemsize
-    if needed > size:
-        raise FileFormatError(
-            f"{where} is truncated: its header promises shape {list(shape)} of {dtype}, "
-            f"{needed} bytes, but it has {size} in all"
-        )
-    file.seek(0)
-    try:
+        if dtype.kind not in "biuf":
+            raise ValueError(f"it holds {dtype}, not numbers; save a plain numeric array")
+        needed = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or needed > size:
+            raise ValueError(
+                f"it is truncated: its header promises shape {list(shape)} of {dtype}, "
+                f"{needed} bytes, but it has {size} in all"
+            )
+        file.seek(0)
         return np.asarray(npy.read_array(file, allow_pickle=False))
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise FileFormatError(f"{where} can't be read: {error}") from None
+    except (*_BROKEN, SyntaxError, TypeError, tokenize.TokenError) as error:
+        raise FileFormatError(f"{where} can't be read as a NumPy array: {error}") from None
 
 
 def read_npy(path: Path) -> np.ndarray:
@@ -99,8 +102,10 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 with archive.open(info) as file:
                     arrays[name] = _read_array(file, info.file_size, f"{path}: {name!r}")
             return arrays
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
-        raise FileFormatError(f"{path} is not a .npz file: {error}") from None
+    except FileFormatError:
+        raise
+    except (*_BROKEN, NotImplementedError, RuntimeError) as error:  # the last two: encrypted, ...
+        raise FileFormatError(f"{path} can't be read as .npz: {error}") from None
 
 
 def _parse(cell: str) -> float | None:

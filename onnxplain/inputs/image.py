@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +17,23 @@ from .preprocessing import MAX_PIXELS, Preprocessing
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601: Pillow's and torchvision's grey
 
 # What brings an EXIF orientation upright: quarter turns counter-clockwise, then a left-right flip.
-_TURNS = {1: (0, 0), 2: (0, 1), 3: (2, 0), 4: (2, 1), 5: (3, 1), 6: (3, 0), 7: (1, 1), 8: (1, 0)}
+_TURNS: dict[Any, tuple[int, int]] = {
+    1: (0, 0),
+    2: (0, 1),
+    3: (2, 0),
+    4: (2, 1),
+    5: (3, 1),
+    6: (3, 0),
+    7: (1, 1),
+    8: (1, 0),
+}
+
+# What decoders raise on files that are damaged or hostile.
+_BROKEN = (OSError, ValueError, SyntaxError, TypeError, EOFError, RuntimeError, IndexError)
+_BROKEN += (KeyError, OverflowError, struct.error, zlib.error)
 
 
-def _header(path: Path) -> tuple[str, int]:
+def _header(path: Path) -> tuple[str, Any]:
     """Pixel mode and EXIF orientation, read before any pixel is; refuses what is too large."""
     import PIL.Image
 
@@ -26,16 +42,19 @@ def _header(path: Path) -> tuple[str, int]:
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # ours is stricter
             with PIL.Image.open(path) as image:
                 (width, height), mode = image.size, image.mode
-                orientation = int(image.getexif().get(0x0112, 1))
-    except PIL.Image.DecompressionBombError:
-        raise FileFormatError(f"{path} has more than {MAX_PIXELS} pixels; shrink it") from None
-    except (OSError, ValueError, SyntaxError, TypeError) as error:
+                if width * height > MAX_PIXELS:
+                    raise PIL.Image.DecompressionBombError(f"it has {width} x {height} pixels")
+                if getattr(image, "is_animated", False):
+                    raise ValueError("it has several frames; give a single one")
+                # A PNG's own getexif would decode it in search of a tag behind the pixels.
+                orientation = PIL.Image.Image.getexif(image).get(0x0112, 1)
+    except PIL.Image.DecompressionBombError as error:
+        raise FileFormatError(
+            f"{path} is too large an image: {error}; shrink it to at most {MAX_PIXELS} pixels"
+        ) from None
+    except _BROKEN as error:
         reason = "of no known format" if isinstance(error, PIL.UnidentifiedImageError) else error
         raise FileFormatError(f"{path} can't be read as an image: {reason}") from None
-    if width * height > MAX_PIXELS:
-        raise FileFormatError(
-            f"{path} has {width} x {height} pixels, more than the {MAX_PIXELS} allowed; shrink it"
-        )
     return mode, orientation
 
 
@@ -45,6 +64,7 @@ def read_image(path: Path) -> np.ndarray:
     Grey becomes three equal channels, transparency lies over white, 16 bits are scaled down, the
     camera's orientation tag is obeyed.
     """
+    import PIL.Image
     from skimage import io
 
     check_file(path)
@@ -52,23 +72,27 @@ def read_image(path: Path) -> np.ndarray:
     if mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         raise FileFormatError(f"{path} holds {mode} colors; convert it to RGB")
     try:
-        pixels = np.asarray(io.imread(path.resolve()))
-    except (OSError, ValueError, SyntaxError, EOFError, RuntimeError) as error:
+        if mode == "LA":  # scikit-image takes the rows for channels where there are 3 or 4
+            with PIL.Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGBA"))
+        else:
+            pixels = np.asarray(io.imread(path.resolve()))
+    except _BROKEN as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileFormatError(f"{path} can't be decoded: {reason}") from None
     if pixels.ndim == 4 and len(pixels) == 1:
         pixels = pixels[0]
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
-    if pixels.ndim != 3 or pixels.shape[2] > 4 or not pixels.size:
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or not pixels.size:
         raise FileFormatError(
-            f"{path} holds values of shape {list(pixels.shape)}, not one picture of 1 to 4 "
-            "channels; give a single frame, or the values as .npy"
+            f"{path} holds values of shape {list(pixels.shape)}, not one picture of 1, 3 or 4 "
+            "channels; give such a one, or the values as .npy"
         )
     values = _to_255(pixels, path)
-    if pixels.shape[2] in (2, 4):
-        alpha = values[:, :, -1:] / 255
-        values = values[:, :, :-1] * alpha + 255 * (1 - alpha)
+    if pixels.shape[2] == 4:
+        alpha = values[:, :, 3:] / 255
+        values = values[:, :, :3] * alpha + 255 * (1 - alpha)
     turns, flip = _TURNS.get(orientation, (0, 0))
     values = np.rot90(values, turns)
     return np.repeat(values[:, ::-1] if flip else values, 3 // values.shape[2], axis=2)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -111,17 +113,8 @@ class Session:
         providers: Sequence[Provider] | None = None,
         options: Any = None,
     ) -> None:
-        ort = runtime()
-        settings = _copy_options(options)
-        if options is None:
-            settings.log_severity_level = 3  # warnings about the user's graph are not ours to show
-        proto, weights = _split_weights(model)
-        if weights:
-            settings.add_external_initializers(list(weights), list(weights.values()))
         try:
-            self._session = ort.InferenceSession(
-                proto.SerializeToString(), settings, providers=choose_providers(providers)
-            )
+            self._session = _compile(model, choose_providers(providers), options)
         except Exception as error:  # onnxruntime raises a class of its own for each status
             if _is_memory_error(error):
                 raise OutOfMemoryError(f"onnxruntime could not load the graph: {error}") from error
@@ -166,18 +159,26 @@ def _is_memory_error(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(word in text for word in _MEMORY_WORDS)
 
 
-def _copy_options(options: Any) -> Any:
-    """A copy of the user's session options: what we add must not show up in theirs."""
-    fresh = runtime().SessionOptions()
+def _compile(model: ir.Model, providers: Sequence[Provider], options: Any) -> Any:
+    ort = runtime()
     if options is not None:
-        for name in dir(options):
-            value = getattr(options, name)
-            if not name.startswith("_") and not callable(value):
-                try:
-                    setattr(fresh, name, value)
-                except (AttributeError, TypeError):
-                    continue
-    return fresh
+        # Weights can only be handed over through session options, and the user's are not ours to
+        # write on; so the model goes by a file, which may be of any size.
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            unplanned = model.clone()
+            for node in unplanned.graph:
+                for value in node.outputs:
+                    if not value.is_graph_output():
+                        value.shape = None
+            ir.save(unplanned, path, external_data="weights")
+            return ort.InferenceSession(str(path), options, providers=providers)
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 4  # what fails is raised as an error of ours
+    proto, weights = _split_weights(model)
+    if weights:
+        settings.add_external_initializers(list(weights), list(weights.values()))
+    return ort.InferenceSession(proto.SerializeToString(), settings, providers=providers)
 
 
 def _split_weights(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, Any]]:
@@ -194,6 +195,9 @@ def _split_weights(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, Any]]:
         proto = ir.to_proto(model)
     finally:
         graph.initializers.update(large)
+    # A rewritten graph may use one symbol for two sizes (examples, and rows of all their steps):
+    # onnxruntime infers shapes itself and must not plan its buffers by ours.
+    del proto.graph.value_info[:]
     weights = {}
     make = runtime().OrtValue.ortvalue_from_numpy
     for name, value in large.items():

@@ -84,8 +84,12 @@ def frame(explanation: Explanation, example: int = 0, name: str | None = None) -
     columns = display.kind == "table" and all(array.ndim <= 2 for array in arrays.values())
     names = tuple(arrays) if columns and name is None else (key,)
     for array in names:
-        bad = np.count_nonzero(~np.isfinite(explanation.row(array, example)))
-        if bad:
+        row = explanation.row(array, example)
+        if not row.size:
+            raise InputError(
+                f"attributions of {array!r} have shape {list(row.shape)}: none to show"
+            )
+        if bad := np.count_nonzero(~np.isfinite(row)):
             raise InputError(
                 f"{bad} attributions of {array!r} for example {example} are NaN or infinite, so"
                 " they can't be shown: look for overflow in the model or its input"
@@ -233,13 +237,16 @@ def verdict(frame: Frame) -> str:
 def _facts(frame: Frame) -> list[str]:
     explanation, example = frame.explanation, frame.example
     index, value = explanation.target_index(example), explanation.value(example)
+    neuron = explanation.options.get("neuron")
     target = "the output" if index is None else position(explanation, index)
     if index is not None and explanation.label(index) not in (None, str(index[-1])):
         target += f" ({', '.join(map(str, index))})"
-    parts = [f"{explanation.method} for {target}"]
     if value is not None:
-        parts[0] += f" = {value:.4g}"
-    if explanation.layer is not None:
+        target += f" = {value:.4g}"
+    if neuron is not None:
+        target = f"neuron {neuron} of layer {explanation.layer}"
+    parts = [f"{explanation.method} for {target}"]
+    if explanation.layer is not None and neuron is None:
         parts.append(f"layer {explanation.layer}")
     elif len(explanation.arrays) > len(frame.names):
         parts.append(f"input {frame.names[0]}")

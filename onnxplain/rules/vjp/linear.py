@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,7 +83,7 @@ def conv(op: Emitter, n: Call, g: Any) -> Any:
     at, group = window(op, n, kernel_sizes(w)), n.attr("group")
     return (
         lambda: spread(op, g, w, at, x, n.y[0], group),
-        lambda: _kernel_grad(op, x, g, at, group),
+        lambda: _kernel_grad(op, x, g, at, w, group),
         lambda: _channel_sum(op, g, n.y[0]),
     )
 
@@ -103,7 +105,7 @@ def conv_transpose(op: Emitter, n: Call, g: Any) -> Any:
 
     return (
         grad_x,
-        lambda: _kernel_grad(op, g, x, at, group),
+        lambda: _kernel_grad(op, g, x, at, w, group),
         lambda: _channel_sum(op, g, n.y[0]),
     )
 
@@ -119,52 +121,128 @@ def _transposed_window(n: Call) -> Window:
     """
     x, w = n.x[:2]
     kernel = kernel_sizes(w)
-    ones = [1] * len(kernel)
+    axes, ones = len(kernel), [1] * len(kernel)
     strides, dilations = n.attr("strides") or ones, n.attr("dilations") or ones
-    extra = n.attr("output_padding") or [0] * len(kernel)
+    extra = np.array(n.attr("output_padding") or [0] * axes)
     at = Window(kernel, tuple(strides), tuple(dilations), (), ())
-    # One output position for each step and the extent of the last window, less the padding.
-    beyond = [e - s for e, s in zip(at.extents, at.strides, strict=True)]
     mode, wanted = n.attr("auto_pad"), n.attr("output_shape")
     if wanted or mode in ("SAME_UPPER", "SAME_LOWER"):
-        total = []
-        for i, (b, s, r) in enumerate(zip(beyond, strides, extra, strict=True)):
-            if wanted:
-                inside = dims(x)[2 + i]
-                if not isinstance(inside, int):
-                    raise UnsupportedModelError(
-                        f"ConvTranspose '{n.node.name}' gives an output_shape for an input of "
-                        f"unknown size {dims(x)}; fix the size of the model's input"
-                    )
-                b += s * inside - wanted[-len(kernel) :][i]
-            total.append(b + r if not wanted else b + r)
-        need = np.maximum(total, 0)
+        # Unpadded, an axis of size n gives (n - 1) * stride + extent + extra positions.
+        surplus = np.array(at.extents) - strides
+        if wanted:
+            sizes = known(dims(x)[2:])
+            if sizes is None:
+                raise UnsupportedModelError(
+                    f"ConvTranspose '{n.node.name}' fixes its output_shape, but the size of its "
+                    f"input is unknown {dims(x)}, and with it the padding; fix the input's size"
+                )
+            surplus += np.array(sizes) * strides - wanted[-axes:]
+        need = np.maximum(surplus + extra, 0)
         begin = need // 2 if mode == "SAME_UPPER" else need - need // 2
-        end = np.array(total) - begin - extra
+        end = surplus - begin
     else:
-        pads = (n.attr("pads") if mode == "NOTSET" else None) or [0] * (2 * len(kernel))
-        begin = np.array(pads[: len(kernel)])
-        end = np.array(pads[len(kernel) :]) - extra
-    return Window(at.kernel, at.strides, at.dilations, tuple(begin.tolist()), tuple(end.tolist()))
+        pads = np.array((n.attr("pads") if mode == "NOTSET" else None) or [0] * (2 * axes))
+        begin, end = pads[:axes], pads[axes:] - extra
+    return Window(kernel, at.strides, at.dilations, tuple(begin.tolist()), tuple(end.tolist()))
 
 
-def _kernel_grad(op: Emitter, x: ir.Value, g: ir.Value, at: Window, group: int) -> ir.Value:
-    """Gradient of a convolution's weights [O, I/group, *k]: ``x`` convolved with ``g``.
+def _kernel_grad(
+    op: Emitter, x: ir.Value, g: ir.Value, at: Window, w: ir.Value, group: int
+) -> ir.Value:
+    """Gradient of a convolution's weights ``w`` [O, I/group, *k]: ``x`` convolved with ``g``.
 
-    Examples and channels change places: the sum over examples is the sum over input channels.
+    Examples and channels change places: the sum over examples is a sum over input channels.
     """
-    if isinstance(at.begin, ir.Value):
-        none = op.const(np.zeros(2, np.int64))
-        x, pads = op.Pad(x, op.Concat(none, at.begin, none, at.end, axis=0)), None
+    axes = len(at.kernel)
+    pads: list[int] | None = None
+    if isinstance(at.begin, tuple) and isinstance(at.end, tuple):
+        pads = [*at.begin, *(max(e, 0) for e in at.end)]
     else:
-        pads = (*at.begin, *(max(e, 0) for e in at.end))  # type: ignore[misc]
-    spatial = range(2, 2 + len(at.kernel))
-    swap = [1, 0, *spatial]
-    kernel = op.Transpose(g, perm=swap)
-    examples = _examples_as_channels(op, x, group, len(at.kernel))
+        none = op.const(np.zeros(2, np.int64))
+        x = op.Pad(x, op.Concat(none, at.begin, none, at.end, axis=0))
+    swap = [1, 0, *range(2, 2 + axes)]
+    if group == 1:
+        examples = op.Transpose(x, perm=swap)
+    else:  # [N, group * I, ...] as [I, group * N, ...]
+        count, inside, sizes = op.dim(x, 0), op.dim(w, 1), op.Shape(x, start=2)
+        split = op.Concat(count, op.const(np.array([group])), inside, sizes, axis=0)
+        turned = op.Transpose(
+            op.Reshape(x, split, allowzero=1), perm=[2, 1, 0, *range(3, 3 + axes)]
+        )
+        merged = op.Concat(inside, op.Mul(count, [group]), sizes, axis=0)
+        examples = op.Reshape(turned, merged, allowzero=1)
     gw = op.Conv(
-        examples, kernel, group=group, strides=at.dilations, dilations=at.strides, pads=pads
+        examples,
+        op.Transpose(g, perm=swap),
+        group=group,
+        strides=at.dilations,
+        dilations=at.strides,
+        pads=pads,
     )
-    if not at.dense:  # positions behind the last window
-        gw = op.Slice(gw, [0] * len(at.kernel), at.kernel, list(spatial))
+    out, inside = dims(w)[:2]
+    gw.shape = ir.Shape([inside, out, *[None] * axes])
+    gw = op.Slice(gw, [0] * axes, at.kernel, swap[2:])  # without what lies behind the last window
+    gw.shape = ir.Shape([inside, out, *at.kernel])
     return op.Transpose(gw, perm=swap)
+
+
+@rule("Einsum")
+def einsum(op: Emitter, n: Call, g: Any) -> Any:
+    terms, result = _explicit(n)
+    return [functools.partial(_operand_grad, op, n, g, terms, result, i) for i in range(len(n.x))]
+
+
+def _operand_grad(
+    op: Emitter, n: Call, g: ir.Value, terms: Sequence[str], result: str, i: int
+) -> ir.Value:
+    """The cotangent times every other operand, summed over what operand ``i`` does not have."""
+    x = n.x[i]
+    operands = [g, *n.x[:i], *n.x[i + 1 :]]
+    factors = [result, *terms[:i], *terms[i + 1 :]]
+    present = set("".join(factors))
+    unused = _unused(terms)
+    target = ""
+    for axis, letter in enumerate(terms[i]):
+        if letter in target:  # a diagonal: nothing beside it
+            other = next(unused)
+            operands.append(_identity(op, op.dim(x, axis), g))
+            factors.append(letter + other)
+            letter = other
+        elif letter not in present:  # summed over in this operand alone
+            operands.append(op.Expand(op.const(1, g.dtype), op.dim(x, axis)))
+            factors.append(letter)
+        target += letter
+    out = op.Einsum(*operands, equation=f"{','.join(factors)}->{target}")
+    sizes: dict[str, Dim] = {}
+    for term, value in zip(terms, n.x, strict=True):
+        sizes |= {c: d for c, d in zip(term, dims(value), strict=True) if sizes.get(c, 1) == 1}
+    out.shape = ir.Shape([sizes[c] for c in terms[i]])
+    return op.unbroadcast(out, out, x)
+
+
+def _identity(op: Emitter, size: ir.Value, like: ir.Value) -> ir.Value:
+    """The identity matrix."""
+    places = op.Range(op.const(np.array(0)), op.Squeeze(size), op.const(np.array(1)))
+    return op.cast_like(op.Equal(op.Unsqueeze(places, [0]), op.Unsqueeze(places, [1])), like)
+
+
+def _explicit(n: Call) -> tuple[list[str], str]:
+    """An equation's terms, one for each operand, and its result, with letters for ellipses."""
+    left, arrow, result = n.attr("equation").replace(" ", "").partition("->")
+    terms = left.split(",")
+    covered = [
+        rank(x) - len(t) + 3 if "..." in t else 0 for t, x in zip(terms, n.x, strict=True)
+    ]
+    letters = "".join(itertools.islice(_unused(terms), max(covered)))
+    if not arrow:
+        once = sorted(c for c in set(left) - set(".,") if left.count(c) == 1)
+        result = ("..." if "..." in left else "") + "".join(once)
+    named = [
+        t.replace("...", letters[len(letters) - k :]) for t, k in zip(terms, covered, strict=True)
+    ]
+    return named, result.replace("...", letters)
+
+
+def _unused(terms: Sequence[str]) -> Iterator[str]:
+    """Letters that the terms of an equation leave free."""
+    return iter(c for c in string.ascii_letters if not any(c in t for t in terms))

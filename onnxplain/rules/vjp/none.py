@@ -12,7 +12,7 @@ NO_DERIVATIVE: frozenset[tuple[str, str]] = frozenset(
         "Equal Greater GreaterOrEqual Less LessOrEqual And Or Xor Not IsNaN IsInf "
         "BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor "
         # piecewise constant
-        "Sign Floor Ceil Round Hardmax ArgMax ArgMin NonZero OneHot EyeLike "
+        "Sign Floor Ceil Round Hardmax ArgMax ArgMin NonZero EyeLike "
         # shape arithmetic
         "Shape Size ConstantOfShape Constant Range "
         # random numbers and selections of boxes

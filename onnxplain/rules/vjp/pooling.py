@@ -1,11 +1,132 @@
-"""pooling rules."""
+"""Pooling: windows reduced to one number."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from onnxplain.graph.emit import Call, Emitter
+import numpy as np
+import onnx_ir as ir
+
+from onnxplain.graph.emit import Call, Emitter, dims, rank
 from onnxplain.rules import RuleTable
+from onnxplain.rules.vjp.window import Window, known, spread, window
 
 TABLE = RuleTable("pooling")
 rule = TABLE.rule
+
+
+@rule("MaxPool")
+def max_pool(op: Emitter, n: Call, g: Any) -> Any:
+    x = n.x[0]
+    # Indices count over the whole tensor; the first of equal maxima is chosen.
+    names = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
+    _, chosen = op.MaxPool(x, _outputs=2, **n.attrs(*names))
+    size = op.Reshape(op.Size(x), [1])
+    zeros = op.ConstantOfShape(size, value=ir.tensor(np.zeros(1, x.dtype.numpy())))
+    flat = op.ScatterElements(
+        zeros, op.Reshape(chosen, [-1]), op.Reshape(g, [-1]), axis=0, reduction="add"
+    )
+    return op.reshape_like(flat, x)
+
+
+@rule("AveragePool")
+def average_pool(op: Emitter, n: Call, g: Any) -> Any:
+    x, y = n.x[0], n.y[0]
+    at = window(op, n, n.attr("kernel_shape"))
+    return _spread_evenly(op, _average(op, n, g, at), at, x, y)
+
+
+@rule("LpPool")
+def lp_pool(op: Emitter, n: Call, g: Any) -> Any:
+    x, y, p = n.x[0], n.y[0], n.attr("p")
+    at = window(op, n, n.attr("kernel_shape"))
+    return op.Mul(_spread_evenly(op, _over_norm(op, g, y, p), at, x, y), _power(op, x, p))
+
+
+@rule("GlobalLpPool")
+def global_lp_pool(op: Emitter, n: Call, g: Any) -> Any:
+    p = n.attr("p")
+    return op.Mul(_over_norm(op, g, n.y[0], p), _power(op, n.x[0], p))
+
+
+@rule("GlobalAveragePool")
+def global_average_pool(op: Emitter, n: Call, g: Any) -> Any:
+    x = n.x[0]
+    sizes = known(dims(x)[2:])
+    if sizes is not None:
+        return op.expand_like(op.Mul(g, 1 / max(math.prod(sizes), 1)), x)
+    count = op.cast_like(op.ReduceProd(op.Shape(x, start=2), keepdims=0), x)
+    return op.expand_like(op.Div(g, count), x)
+
+
+@rule("GlobalMaxPool")
+def global_max_pool(op: Emitter, n: Call, g: Any) -> Any:
+    x = n.x[0]
+    flat = op.Flatten(x, axis=2)
+    chosen = op.ArgMax(flat, axis=1)  # the first of equal maxima
+    count = op.ReduceProd(op.Shape(x, start=2), keepdims=0)
+    places = op.Range(op.const(np.array(0)), count, op.const(np.array(1)))
+    mask = op.reshape_like(op.cast_like(op.Equal(chosen, places), x), x)
+    return op.Mul(g, mask)
+
+
+def _spread_evenly(op: Emitter, g: ir.Value, at: Window, x: ir.Value, y: ir.Value) -> ir.Value:
+    """Every value of ``g`` [like y] added to each position of its window."""
+    channels = dims(x)[1]
+    if isinstance(channels, int):
+        ones = op.const(np.ones((channels, 1, *at.kernel)), x.dtype)
+        return spread(op, g, ones, at, x, y, group=channels)
+    # Channels as examples of one channel.
+    each_x, each_y = (_channels_apart(op, v, v) for v in (x, y))
+    each_g = _channels_apart(op, g, y)
+    ones = op.const(np.ones((1, 1, *at.kernel)), x.dtype)
+    return op.reshape_like(spread(op, each_g, ones, at, each_x, each_y, group=1), x)
+
+
+def _channels_apart(op: Emitter, value: ir.Value, like: ir.Value) -> ir.Value:
+    shape = op.Concat(op.const(np.array([-1, 1])), op.Shape(like, start=2), axis=0)
+    out = op.Reshape(value, shape)
+    out.shape = ir.Shape((None, 1, *dims(like)[2:]))
+    return out
+
+
+def _average(op: Emitter, n: Call, g: ir.Value, at: Window) -> ir.Value:
+    """``g`` divided by the number of positions that each window averages."""
+    x, y, axes = n.x[0], n.y[0], len(at.kernel)
+    include, ceil = n.attr("count_include_pad"), n.attr("ceil_mode")
+    fixed = isinstance(at.begin, tuple) and isinstance(at.end, tuple)
+    if not ceil and (include or (fixed and not any((*at.begin, *at.end)))):  # type: ignore[misc]
+        return op.Mul(g, 1 / math.prod(at.kernel))
+    # Count ones: the input's, the padding's if it is included, none behind that.
+    corner = op.const(np.zeros(2, np.int64))
+    sizes = op.const(np.array(s)) if (s := known(dims(x)[2:])) else op.Shape(x, start=2)
+    one, zero = op.const(1, x.dtype), op.const(0, x.dtype)
+    ones = op.Expand(one, op.Concat(op.const(np.ones(2, np.int64)), sizes, axis=0))
+    begin, end = (op.const(np.array(p)) if isinstance(p, tuple) else p for p in (at.begin, at.end))
+    pads = op.Concat(corner, begin, corner, end, axis=0)
+    ones = op.Pad(ones, pads, one if include else zero)
+    if ceil:
+        ones = op.Pad(ones, [0] * (4 + axes) + [s - 1 for s in at.strides], zero)
+    kernel = op.const(np.ones((1, 1, *at.kernel)), x.dtype)
+    count = op.Conv(ones, kernel, strides=at.strides, dilations=at.dilations)
+    if ceil:
+        count = op.Slice(count, [0] * axes, op.Shape(y, start=2), list(range(2, 2 + axes)))
+    return op.Div(g, count)
+
+
+def _over_norm(op: Emitter, g: ir.Value, y: ir.Value, p: int) -> ir.Value:
+    """``g * y ** (1 - p)``, zero where the norm ``y`` is."""
+    if p == 1:
+        return g
+    empty = op.Equal(y, 0)
+    safe = op.Where(empty, op.const(1, y.dtype), y)
+    over = op.Div(g, safe if p == 2 else op.Pow(safe, float(p - 1)))
+    return op.Where(empty, op.const(0, y.dtype), over)
+
+
+def _power(op: Emitter, x: ir.Value, p: int) -> ir.Value:
+    """``|x| ** (p - 1) * sign(x)``, the derivative of ``|x| ** p / p``."""
+    if p == 2:
+        return x
+    return op.Sign(x) if p == 1 else op.Mul(op.Sign(x), op.Pow(op.Abs(x), float(p - 1)))

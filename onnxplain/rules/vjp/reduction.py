@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxplain.graph.emit import Call, Emitter, dims
+from onnxplain.graph.emit import Call, Emitter, dims, rank
 from onnxplain.rules import RuleTable
 
 TABLE = RuleTable("reduction")
@@ -19,13 +19,19 @@ def _restore(op: Emitter, n: Call, reduced: Any) -> Any:
     """A value of the output's shape, so that it broadcasts against the input."""
     if n.attr("keepdims") or not n.has(1):
         return reduced  # without axes it is a scalar, or nothing was reduced
-    return op.Unsqueeze(reduced, n.x[1])
+    restored = op.Unsqueeze(reduced, n.x[1])
+    if n.const(1) is None:
+        # Shape inference gives up on computed axes.
+        restored.shape = ir.Shape([None] * rank(n.x[0]))
+    return restored
 
 
 def _again(op: Emitter, n: Call, op_type: str, value: Any) -> Any:
     """Another reduction over the same axes, into the shape of the output."""
     attrs = n.attrs("keepdims", "noop_with_empty_axes")
-    return op.emit(op_type, value, n.x[1] if n.has(1) else None, **attrs)
+    reduced = op.emit(op_type, value, n.x[1] if n.has(1) else None, **attrs)
+    reduced.shape = n.y[0].shape
+    return reduced
 
 
 @rule("ReduceSum")
@@ -48,7 +54,7 @@ def inverse_count(op: Emitter, x: ir.Value, reduced: ir.Value) -> Any:
         big, small = Counter(dims(x)), Counter(dims(reduced))
         gone, new = big - small, small - big
         if None not in (*big, *small) and all(isinstance(d, int) for d in (*gone, *new)):
-            return 1.0 / max(math.prod(gone.elements()), 1)  # type: ignore[type-var]
+            return 1.0 / max(math.prod(gone.elements()), 1)  # type: ignore[arg-type]
     sizes = (op.Cast(op.Size(v), to=ir.DataType.DOUBLE) for v in (reduced, x))
     return op.cast_like(op.Div(*sizes), x)
 

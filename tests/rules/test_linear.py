@@ -1,0 +1,94 @@
+"""Derivatives of matrix products, convolutions, Einsum and Attention."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from tests.projection import Case, check, evaluate, gradient, load, make_model
+
+rng = np.random.default_rng(3)
+r = rng.standard_normal
+
+
+def row(op: str, *shapes: tuple[int, ...] | None, name: str = "", **options: object) -> Case:
+    """A case on random inputs of these shapes; what is no option of a case is an attribute."""
+    known = {"const", "symbolic", "wrt", "dtypes", "second", "opset", "tolerance"}
+    inputs = [None if s is None else r(s) for s in shapes]
+    attrs = {k: v for k, v in options.items() if k not in known}
+    kept = {k: v for k, v in options.items() if k in known}
+    text = name or "-".join("x".join(map(str, s)) or "scalar" for s in shapes if s is not None)
+    return Case(op, inputs, attrs, name=text + "".join(f"-{k}{v}" for k, v in options.items()), **kept)
+
+
+MATMUL = [
+    row("MatMul", a, b, **options)
+    for a, b in [
+        ((3,), (3,)),
+        ((3,), (3, 2)),
+        ((2, 3), (3,)),
+        ((2, 3), (3, 4)),
+        ((3,), (5, 3, 2)),
+        ((5, 2, 3), (3,)),
+        ((5, 2, 3), (3, 4)),
+        ((2, 3), (5, 3, 4)),
+        ((5, 2, 3), (5, 3, 4)),
+        ((1, 2, 3), (5, 3, 4)),
+        ((5, 1, 2, 3), (1, 4, 3, 2)),
+        ((4, 2, 3), (5, 1, 3, 2)),
+        ((0, 3), (3, 2)),
+        ((0, 2, 3), (3, 4)),
+        ((2, 0), (0, 3)),
+    ]
+    for options in ({}, {"symbolic": (0, 1)})
+] + [row("MatMul", (5, 2, 3), (3, 4), const=(1,))]
+
+GEMM = [
+    row("Gemm", (3, 2) if ta else (2, 3), (4, 3) if tb else (3, 4), transA=ta, transB=tb, **more)
+    for ta in (0, 1)
+    for tb in (0, 1)
+    for more in ({}, {"alpha": 0.5, "const": (1,)})
+] + [
+    row("Gemm", (2, 3), (3, 4), c, beta=beta, alpha=2.0, symbolic=symbolic)
+    for c in ((2, 4), (4,), (1,), (1, 4), (2, 1), ())
+    for beta, symbolic in ((1.0, ()), (-0.5, (0, 1, 2)))
+] + [row("Gemm", (0, 3), (3, 4), (4,))]
+
+CONV = [
+    row("Conv", *shapes, **options)
+    for shapes, options in [
+        (((2, 3, 7), (4, 3, 3), (4,)), {}),
+        (((2, 3, 7), (4, 3, 3)), {"pads": [2, 0], "strides": [2], "dilations": [2]}),
+        (((2, 3, 5, 6), (4, 3, 3, 2), (4,)), {"pads": [1, 0, 2, 1]}),
+        (((2, 3, 5, 6), (4, 3, 3, 3)), {"pads": [1, 1, 1, 1], "strides": [2, 2]}),
+        (((2, 3, 6, 6), (4, 3, 3, 3)), {"pads": [1, 1, 1, 1], "strides": [2, 2]}),
+        (((2, 3, 9, 8), (2, 3, 3, 3)), {"strides": [3, 2], "dilations": [2, 1]}),
+        (((2, 3, 9, 8), (2, 3, 2, 2)), {"strides": [3, 4], "pads": [0, 1, 1, 0]}),
+        (((2, 2, 8, 9), (3, 2, 7, 7)), {"strides": [2, 2], "pads": [3, 3, 3, 3]}),
+        (((2, 3, 5, 6), (4, 3, 1, 1)), {}),
+        (((2, 3, 5, 6), (4, 3, 1, 1)), {"strides": [2, 2]}),
+        (((2, 3, 4, 4), (4, 3, 1, 1)), {"pads": [2, 1, 0, 1]}),
+        (((2, 4, 5, 5), (6, 2, 3, 3), (6,)), {"group": 2, "pads": [1, 1, 1, 1]}),
+        (((2, 4, 5, 5), (6, 2, 3, 3)), {"group": 2, "strides": [2, 2]}),
+        (((2, 4, 5, 5), (4, 1, 3, 3), (4,)), {"group": 4, "pads": [1, 1, 1, 1]}),
+        (((2, 4, 6, 6), (4, 1, 3, 3)), {"group": 4, "pads": [1, 1, 1, 1], "strides": [2, 2]}),
+        (((2, 4, 6, 6), (4, 1, 5, 5)), {"group": 4, "pads": [2, 2, 2, 2], "strides": [2, 2]}),
+        (((2, 3, 5, 5), (6, 1, 2, 2)), {"group": 3}),
+        (((1, 2, 4, 3, 5), (3, 2, 2, 3, 2), (3,)), {"pads": [0, 1, 0, 1, 1, 0]}),
+        (((1, 2, 4, 5, 5), (3, 2, 2, 2, 2)), {"strides": [2, 1, 3], "dilations": [1, 2, 1]}),
+        (((2, 3, 5, 6), (4, 3, 3, 2)), {"auto_pad": "SAME_UPPER"}),
+        (((2, 3, 5, 6), (4, 3, 2, 3)), {"auto_pad": "SAME_LOWER", "strides": [2, 2]}),
+        (((2, 3, 6, 7), (4, 3, 4, 3)), {"auto_pad": "SAME_UPPER", "strides": [2, 3]}),
+        (((2, 3, 5, 6), (4, 3, 1, 1)), {"auto_pad": "SAME_UPPER", "strides": [3, 2]}),
+        (((2, 3, 5, 6), (4, 3, 3, 2)), {"auto_pad": "VALID", "strides": [1, 2]}),
+        (((0, 3, 5, 6), (4, 3, 3, 2)), {"wrt": (0,)}),
+    ]
+    for options in (options, options | {"symbolic": (0,)}, options | {"const": (1,), "wrt": (0,)})
+]
+CASES = MATMUL + GEMM + CONV
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_projection(case: Case) -> None:
+    check(case)
