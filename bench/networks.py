@@ -23,6 +23,7 @@ THREADS = 2
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "models" / "digits" / "digits.onnx"
 TINY = ROOT / "models" / "breast_cancer" / "breast_cancer.onnx"
+PATIENTS = TINY.parent / "samples" / "patients.csv"
 MNIST8 = ROOT.parent / "shared" / "models" / "mnist8"
 CLASSES = 1000
 _CPU = ["CPUExecutionProvider"]

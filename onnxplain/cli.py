@@ -42,16 +42,19 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="onnxplain")
 @click.option("-v", "--verbose", is_flag=True, help="Say on standard error what is being done.")
-def main(verbose: bool) -> None:
+@click.pass_context
+def main(ctx: click.Context, verbose: bool) -> None:
     """Explain what an ONNX model answers."""
     log = logging.getLogger("onnxplain")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    log.handlers[:] = [handler]
+    log.handlers[:] = [_ToStandardError()]
     log.setLevel(logging.INFO if verbose else logging.WARNING)
-    warnings.showwarning = lambda message, *rest, **more: click.echo(
-        f"warning: {message}", err=True
-    )
+    ctx.with_resource(warnings.catch_warnings())
+    warnings.showwarning = lambda message, *rest, **more: click.echo(f"warning: {message}", err=True)
+
+
+class _ToStandardError(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
 
 
 # --- what is given on the command line ----------------------------------------------------------
@@ -205,12 +208,15 @@ def inspect(model: str, as_json: bool, **how: Any) -> None:
         return _print_json(facts)
     rows = []
     for key, fact in facts.items():
-        if isinstance(fact, list) and fact and isinstance(fact[0], Mapping):
-            fact = [f"{entry['name']}  {entry['dtype']} {_shape(entry['shape'])}" for entry in fact]
+        if key in ("inputs", "outputs"):
+            lines = [f"{port['name']}  {port['dtype']} {_shape(port['shape'])}" for port in fact]
+        elif key == "operators":
+            lines = [", ".join(f"{name} {count}" for name, count in fact.items())]
         elif isinstance(fact, Mapping):
-            fact = [f"{name}: {value}" for name, value in fact.items()]
-        lines = fact if isinstance(fact, list) else [fact]
-        rows += [(key if not i else "", line) for i, line in enumerate(lines)]
+            lines = [f"{name}: {value}" for name, value in fact.items()]
+        else:
+            lines = [", ".join(fact) if isinstance(fact, list) else fact]
+        rows += [("" if i else key, line) for i, line in enumerate(lines) if line is not None]
     click.echo(_columns(rows))
 
 
@@ -389,14 +395,22 @@ def explain(
     loaded = _load(model, output_name or setting.output, provider, memory_limit)
     sample = load_inputs(inputs, loaded.inputs, setting)
     names = list(setting.labels or loaded.labels or ()) or None
+    # Of a text's arrays only the tokens mean anything; its mask is fed as it is.
+    text = sample.display.kind == "text"
+    explained = [str(sample.display.input_name)] if text else list(sample.arrays)
+    rest = {name: x for name, x in sample.arrays.items() if name not in explained}
     if baseline is not None:
-        extra["baselines"] = load_baselines(baseline, sample, loaded.inputs, setting)
+        found = load_baselines(baseline, sample, loaded.inputs, setting)
+        if isinstance(found, dict):
+            found = {name: x for name, x in found.items() if name in explained}
+        extra["baselines"] = found
 
     from .explain import explain as explain_model
 
     explanation = explain_model(
         loaded,
-        sample.arrays,
+        {name: sample.arrays[name] for name in explained},
+        additional_forward_args=rest or None,
         method=info.name,
         target=_target(target, names),
         layer=layer,
@@ -462,7 +476,6 @@ def _deliver(
     if as_json:
         return click.echo(explanation.to_json())
     for example in range(len(explanation)):
+        if len(explanation) > 1:
+            click.echo(f"{'' if not example else chr(10)}example {example + 1}")
         click.echo(view.terminal(explanation, example))
-        for name in explanation.checks:
-            values = explanation.check_row(name, example)
-            click.echo(f"check {name}: {', '.join(f'{float(v):.3g}' for v in values)}")

@@ -82,8 +82,6 @@ def explain(
         arguments["neuron_selector" if "neuron" in info.needs else "target"] = neuron
     if info.takes_baselines:
         arguments["baselines"] = baselines
-    if made.has_convergence_delta() and "neuron" not in info.needs:
-        arguments["return_convergence_delta"] = True
     if attributing == "inputs":
         arguments["inputs"] = inputs
         arguments["additional_forward_args"] = additional_forward_args
@@ -93,11 +91,8 @@ def explain(
         arguments["additional_forward_args"] = {
             k: v for k, v in feeds.arrays.items() if k not in feeds.explained
         } or None
-    result = made.attribute(**arguments)  # type: ignore[attr-defined]
-    checks: dict[str, np.ndarray] = {}
-    if arguments.get("return_convergence_delta"):
-        result, delta = result
-        checks = _delta_checks(delta, result)
+    result, checks = made.explain(**arguments)
+    _warn_when_poor(checks)
     arrays = _named(result, feeds, layer, embedded, attributing)
     return Explanation(
         method=method,
@@ -234,22 +229,14 @@ def _form(feeds: Feeds, attributing: str, arrays: Mapping[str, np.ndarray]) -> A
     return "array" if len(arrays) == 1 else "tuple"
 
 
-def _delta_checks(delta: np.ndarray, result: Any) -> dict[str, np.ndarray]:
-    """The completeness gap, and its size relative to the difference that is explained."""
-    if isinstance(result, Mapping):
-        result = tuple(result.values())
-    parts = result if isinstance(result, tuple | list) else (result,)
-    total = sum(np.asarray(p).reshape(len(p), -1).sum(axis=1, dtype=np.float64) for p in parts)
-    explained = np.abs(total - delta)
-    relative = np.abs(delta) / np.maximum(explained, np.finfo(np.float32).tiny)
-    poor = int((relative > POOR_DELTA).sum())
-    if poor:
+def _warn_when_poor(checks: Mapping[str, np.ndarray]) -> None:
+    gap = checks.get("relative_convergence_delta")
+    if gap is not None and (poor := int((gap > POOR_DELTA).sum())):
         warnings.warn(
             f"the attributions of {poor} example(s) miss the difference they should add up to by "
-            f"up to {relative.max():.0%}; use more steps (n_steps) or another baseline",
+            f"up to {gap.max():.0%}; use more steps (n_steps) or another baseline",
             stacklevel=3,
         )
-    return {"convergence_delta": delta, "relative_convergence_delta": relative}
 
 
 def _provenance(model: Model) -> dict[str, str]:

@@ -33,6 +33,17 @@ class Mean(OpRun):
         return (np.asarray(sum(xs) / len(xs), dtype=xs[0].dtype),)
 
 
+class GroupNormalization(OpRun):
+    """The original is a function body, which computes in float32."""
+
+    def _run(self, x, scale, bias, epsilon=None, num_groups=None, stash_type=None):
+        groups = x.reshape(x.shape[0], num_groups, -1)
+        centered = groups - groups.mean(2, keepdims=True)
+        z = (centered / np.sqrt(groups.var(2, keepdims=True) + epsilon)).reshape(x.shape)
+        channels = (-1, *[1] * (x.ndim - 2))
+        return ((z * scale.reshape(channels) + bias.reshape(channels)).astype(x.dtype),)
+
+
 class LRN(OpRun):
     """The original runs over channels up to the batch size."""
 

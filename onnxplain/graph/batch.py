@@ -111,7 +111,8 @@ def _check_symbolic(
     for value, axis in axes.items():
         _set_dims(value, [BATCH if i == axis else d for i, d in enumerate(_dims(value))])
     shapes.infer(model)
-    if all(BATCH in _dims(v) for v in model.graph.outputs if _is_tensor(v)):
+    _refine(model, axes)
+    if all(v.shape is not None and BATCH in _dims(v) for v in model.graph.outputs):
         return BatchReport("dynamic", None)
     if _disproof(original, model, axes, 1, evaluate) is None:
         return BatchReport("dynamic", None)
@@ -125,9 +126,45 @@ def _check_symbolic(
 
 
 def _is_tensor(value: ir.Value) -> bool:
-    return isinstance(value.type, ir.TensorType) and value.shape is not None
+    return isinstance(value.type, ir.TensorType)
 
 
+def _refine(model: ir.Model, axes: Mapping[ir.Value, int]) -> None:
+    """Name the dimensions that grow with the examples: those that equal two trial numbers of them.
+
+    Numeric inference sees through shape arithmetic that symbolic inference gives up on.
+    """
+    trials = (1009, 1013)  # primes, larger than most dimensions and not their multiples
+    free = any(
+        not isinstance(d, int) and axes.get(v) != i
+        for v in model.graph.inputs
+        for i, d in enumerate(_dims(v) if v.shape is not None else [None])
+    )
+    found = []
+    for rows in trials:
+        sizes = {
+            v.name or "": _trial_shape(v, axes.get(v), rows)
+            for v in model.graph.inputs
+            if v.shape is not None
+        }
+        found.append(shapes.concrete(model, sizes))
+    for value in (v for node in model.graph for v in node.outputs):
+        pair = [trial.get(value.name or "", (0, None))[1] for trial in found]
+        if pair[0] is None or pair[1] is None or len(pair[0]) != len(pair[1]):
+            continue
+        known = _dims(value) if value.shape is not None else []
+        dims = known if len(known) == len(pair[0]) else [None] * len(pair[0])
+        for i, (a, b) in enumerate(zip(*pair, strict=True)):
+            if (a, b) == trials:
+                dims[i] = BATCH
+            elif a == b and not free:
+                dims[i] = a
+        _set_dims(value, dims)
+
+
+def _trial_shape(value: ir.Value, axis: int | None, rows: int) -> list[int]:
+    dims = _dims(value)
+    return [rows if i == axis else d if isinstance(d, int) else _FREE for i, d in enumerate(dims)]
 def _rewrite(
     model: ir.Model, axes: dict[ir.Value, int], fixed: int, evaluate: Evaluate
 ) -> BatchReport:
@@ -212,7 +249,7 @@ class _Unbake:
                 fix = _FIXES.get(node.op_type) if node.domain == "" else None
                 found = fix(self, node) if fix is not None else None
                 self._infer(node, found)
-        for out in self.graph.outputs:
+        for out in filter(_is_tensor, self.graph.outputs):
             rows = self.rows(out)
             if rows is None or not rows.plain:
                 where = f" after node '{self.lost.name}' ({self.lost.op_type})" if self.lost else ""
@@ -278,6 +315,7 @@ class _Unbake:
             _set_dims(value, [self.fixed if i == axis else d for i, d in enumerate(_dims(value))])
         self._forget()
         shapes.infer(self.model, fresh=True)
+        self._measure()
         op, baked = Emitter(self.graph, "baked"), False
         for node in list(self.graph):
             x, y = node.inputs[0] if node.inputs else None, node.outputs[0]
@@ -292,7 +330,27 @@ class _Unbake:
         if baked:
             prune(self.model)
             fold_constants(self.model, self.evaluate)
-            shapes.infer(self.model, fresh=True)
+
+    def _measure(self) -> None:
+        """Run the model once for the shapes that inference can't tell, if the input's are known."""
+        unknown = [
+            v
+            for node in self.graph
+            for v in node.outputs
+            if v.name and _is_tensor(v) and (v.shape is None or not v.shape.is_static())
+        ]
+        if not unknown or any(v.shape is None or not v.shape.is_static() for v in self.graph.inputs):
+            return
+        probe, outputs = clone(self.model, unknown)
+        probe.graph.outputs[:] = outputs
+        prune(probe)
+        axes = {v.name or "": axis for v, axis in self.axes.items()}
+        try:
+            values = self.evaluate(probe, _random_feeds(self.graph, axes, self.fixed, 0, 1.0))
+        except Exception as e:  # whatever the runtime raises
+            raise _Stuck(f"the model can't be run: {str(e).splitlines()[0]}") from e
+        for value in unknown:
+            _set_dims(value, np.shape(values[value.name or ""]))
 
     def _infer(self, node: ir.Node, found: list[Dim] | None) -> None:
         """Dimensions of a node's outputs: ``found`` by its fix, else by the standard's inference."""
@@ -361,12 +419,7 @@ class _Unbake:
             _set_dims(value, self.dims[value])
         self._forget()
         shapes.infer(self.model, fresh=True)
-        for value, dims in self.dims.items():
-            told = [d if isinstance(d, int) or d == BATCH else None for d in dims]
-            if value.shape is not None and len(value.shape) == len(told):
-                pairs = zip(_dims(value), told, strict=True)
-                told = [a if isinstance(a, int) or b is None else b for a, b in pairs]
-            _set_dims(value, told)
+        _refine(self.model, self.axes)
 
 
 def _int(node: ir.Node, name: str, default: int | None = None) -> int | None:
@@ -531,10 +584,9 @@ def _disproof(
             return f"{_GROUPS * fixed} rows can't be run together: {str(e).splitlines()[0]}"
         differ = False
         for out in candidate.graph.outputs:
-            if not is_float(out):
+            if not (_is_tensor(out) and is_float(out)):
                 continue
-            name, dims = out.name or "", _dims(out) if out.shape is not None else []
-            axis = dims.index(BATCH) if BATCH in dims else 0
+            name, axis = out.name or "", _rows_axis(out)
             apart = [np.asarray(p[name], np.float64) for p in parts]
             both = np.asarray(together[name], np.float64)
             if not all(a.ndim and np.isfinite(a).all() for a in apart):
@@ -548,8 +600,25 @@ def _disproof(
             differ |= any(not np.allclose(a, apart[0], rtol=10 * coarse, atol=0) for a in apart[1:])
         else:
             if differ:
+                _name_rows(candidate.graph, together)
                 return None
     return why
+
+
+def _rows_axis(out: ir.Value) -> int:
+    dims = _dims(out) if out.shape is not None else []
+    return dims.index(BATCH) if BATCH in dims else 0
+
+
+def _name_rows(graph: ir.Graph, results: Mapping[str, np.ndarray]) -> None:
+    """Declare the examples axis of outputs where inference could not (other domains)."""
+    for out in filter(_is_tensor, graph.outputs):
+        rank = np.ndim(results[out.name or ""])
+        if out.shape is None:
+            _set_dims(out, [None] * rank)
+        dims = _dims(out)
+        if rank and BATCH not in dims and not isinstance(dims[0], int):
+            _set_dims(out, [BATCH, *dims[1:]])
 
 
 def _runs(model: ir.Model, axes: dict[ir.Value, int], evaluate: Evaluate) -> bool:
@@ -568,13 +637,11 @@ def _random_feeds(
     feeds = {}
     for value in graph.inputs:
         name = value.name or ""
-        shape = [
-            rows if axes.get(name) == i else d if isinstance(d, int) else _FREE
-            for i, d in enumerate(_dims(value) if value.shape is not None else ())
-        ]
-        dtype = (value.dtype or ir.DataType.FLOAT).numpy()
+        shape = [] if value.shape is None else _trial_shape(value, axes.get(name), rows)
         if is_float(value):
-            feeds[name] = (scale * rng.random(shape)).astype(dtype)
-        else:  # 0 and 1 are valid as ids, masks and flags alike
-            feeds[name] = rng.integers(0, 2, shape).astype(dtype)
+            feeds[name] = (scale * rng.random(shape)).astype(value.dtype.numpy())
+            continue
+        bits = rng.integers(0, 2, shape)  # valid as ids, masks and flags alike
+        strings = value.dtype == ir.DataType.STRING
+        feeds[name] = bits.astype(str).astype(object) if strings else bits.astype(value.dtype.numpy())
     return feeds

@@ -23,7 +23,7 @@ from onnx_ir.passes.common import (
 from onnxplain.errors import ModelError, UnsupportedModelError
 from onnxplain.graph import shapes
 from onnxplain.graph.emit import const_array
-from onnxplain.graph.grad import clone, prune, reads
+from onnxplain.graph.grad import clone, prune, reads, value_index
 
 Evaluate = Callable[[ir.Model, dict[str, np.ndarray]], dict[str, np.ndarray]]
 """Runs a model: feeds by input name -> every output by name."""
@@ -64,6 +64,11 @@ def normalize(model: ir.Model, evaluate: Evaluate) -> Normalized:
         ModelError: cyclic graph or functions, types that contradict each other.
         UnsupportedModelError: a function that can't be inlined.
     """
+    calls = {
+        node.name: node.outputs[0].name
+        for node in model.graph
+        if node.op_identifier() in model.functions
+    }
     _inline(model)
     RemoveInitializersFromInputsPass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -75,7 +80,16 @@ def normalize(model: ir.Model, evaluate: Evaluate) -> Normalized:
     _infer(model)
     fold_constants(model, evaluate)
     _infer(model)
-    return Normalized(model, {old: value.name or "" for old, value in removed.items()})
+    present = value_index(model.graph)
+    aliases = {old: value.name for old, value in removed.items()} | calls
+    return Normalized(
+        model,
+        {
+            old: new
+            for old, new in aliases.items()
+            if old and old not in present and new in present
+        },
+    )
 
 
 def _infer(model: ir.Model) -> None:

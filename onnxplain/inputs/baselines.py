@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ def load_baselines(
 
     zero: None. A number: that number. mean: each channel's own mean over the picture or series.
     blur: the picture under a Gaussian with standard deviation (shorter side) / 10. Anything else
-    is a file, read and preprocessed like the input: one example for all, or one for each.
+    is a file, read and preprocessed like the input: one example for all, or one for each; text is
+    cut or padded to the input's length.
 
     The last three are dicts of arrays by input name. InputError where the input has no channels to
     average, or no pixels to blur.
@@ -31,12 +33,15 @@ def load_baselines(
     if choice == "zero":
         return None
     with suppress(ValueError):
-        return float(choice)
-    if choice not in ("mean", "blur"):
-        return load_inputs([choice], model_inputs, preprocessing).arrays
+        number = float(choice)
+        return int(number) if number.is_integer() else number  # token numbers are integers
     display = sample.display
     name = str(display.input_name)
     x = sample.arrays[name]
+    if choice not in ("mean", "blur"):
+        if display.kind == "text":
+            preprocessing = replace(preprocessing, length=x.shape[1])
+        return load_inputs([choice], model_inputs, preprocessing).arrays
     if display.layout is None or (choice == "blur" and display.kind != "image"):
         raise InputError(
             f"--baseline {choice} is for "

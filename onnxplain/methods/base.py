@@ -103,6 +103,10 @@ class Attribution:
         """Whether :meth:`attribute` can return a convergence delta."""
         return False
 
+    def explain(self, **arguments: Any) -> tuple[Any, dict[str, np.ndarray]]:
+        """The result of :meth:`attribute` and figures by name that tell how far to trust it."""
+        return self.attribute(**arguments), {}  # type: ignore[attr-defined]
+
     def _resolve(
         self, of_entering: bool, wrt_entering: bool
     ) -> tuple[ir.Value, list[tuple[ir.Value, ...]] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -97,6 +98,16 @@ def named_baselines(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.
     return found
 
 
+@dataclass(frozen=True)
+class _Point:
+    """A source on its path: its value, the way from the baseline, and its rows at all steps."""
+
+    value: ir.Value
+    delta: ir.Value
+    rows: ir.Value
+    times: ir.Value
+
+
 class IntegratedGradients(Attribution):
     """Integrated gradients: the gradient, integrated from a baseline to the input.
 
@@ -168,6 +179,54 @@ class IntegratedGradients(Attribution):
             question, baselines, n_steps, method, internal_batch_size, return_convergence_delta
         )
 
+    def explain(self, **arguments: Any) -> tuple[Any, dict[str, np.ndarray]]:
+        """As :meth:`attribute`, with the completeness gap along the path that was integrated.
+
+        Between the ends of the path only the sources differ: what reaches the output around a layer
+        keeps the values of the input. (``return_convergence_delta`` compares with the output at the
+        baseline, as Captum does, where what goes around the layer differs too.)
+        """
+        result = self.attribute(**arguments)
+        question = self._ask(
+            arguments["inputs"],
+            arguments.get("target", arguments.get("neuron_selector")),
+            arguments.get("additional_forward_args"),
+            of_entering=arguments.get("attribute_to_neuron_input", False),
+            wrt_entering=arguments.get("attribute_to_layer_input", False),
+        )
+        if not self.multiplies_by_inputs or question.at_once:
+            return result, {}
+        starts = named_baselines(self.model, question.feeds, arguments.get("baselines"))
+        explained = self._difference(question, starts)
+        delta = _sums(result) - explained
+        size = np.maximum(np.abs(explained), np.finfo(np.float32).tiny)
+        return result, {
+            "convergence_delta": delta,
+            "relative_convergence_delta": np.abs(delta) / size,
+        }
+
+    def _difference(self, question: Question, starts: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The explained value at the end of the path minus that at its start, float64 [N]."""
+        program = self.model.program(("ends", question.key), lambda: self._build_ends(question))
+        dtype = _working(question.wrt[0])
+        ends = []
+        for position in (1.0, 0.0):
+            rows, same = _split_feeds(question, starts)
+            same["positions"] = np.asarray([position], dtype)
+            found = self.model.run(program, question.feeds, rows, same)
+            ends.append(self._explained(question, next(iter(found.values()))))
+        return ends[0] - ends[1]
+
+    def _explained(self, question: Question, values: np.ndarray) -> np.ndarray:
+        """The explained number of each example from the values of ``of``, float64 [N]."""
+        values = values.astype(np.float64)
+        if question.at_once:
+            return values.reshape(1)
+        if self._of is not None:
+            values = values * question.seeds(slice(0, 1))
+            return values.reshape(len(values), -1).sum(axis=1)
+        return targets.select(values, question.indices).reshape(len(values))
+
     def compute_convergence_delta(
         self,
         attributions: Any,
@@ -179,10 +238,7 @@ class IntegratedGradients(Attribution):
         """Sum of attributions minus (output at ``end_point`` - output at ``start_point``), [N]."""
         question = self._ask(end_point, target, additional_forward_args)
         starts = named_baselines(self.model, question.feeds, start_point)
-        if isinstance(attributions, Mapping):
-            attributions = tuple(attributions.values())
-        parts = attributions if isinstance(attributions, tuple | list) else (attributions,)
-        return self._delta(question, list(parts), starts)
+        return self._delta(question, attributions, starts)
 
     def _integrate(
         self,
@@ -201,7 +257,7 @@ class IntegratedGradients(Attribution):
         answer = question.answer(arrays)
         if not return_convergence_delta:
             return answer
-        return answer, self._delta(question, arrays, starts)
+        return answer, self._delta(question, answer, starts)
 
     def _sum(
         self,
@@ -216,9 +272,7 @@ class IntegratedGradients(Attribution):
             ("path", self.multiplies_by_inputs, question.key), lambda: self._build(question)
         )
         feeds, count = question.feeds, question.feeds.count
-        fed = {f"{k}.baseline": v for k, v in starts.items()}
-        rows: dict[str, Any] = {k: v for k, v in fed.items() if len(v) == count}
-        same = {k: v for k, v in fed.items() if k not in rows}
+        rows, same = _split_feeds(question, starts)
         rows["cotangent"] = question.seeds
         steps = len(positions)
         if question.at_once:
@@ -236,7 +290,8 @@ class IntegratedGradients(Attribution):
             try:
                 if question.at_once:
                     seed = np.asarray(question.seeds(slice(0, 1))[0])
-                    found = program.session({**feeds.arrays, **fed, **shared, "cotangent": seed})
+                    fed = {**feeds.arrays, **rows, **shared, "cotangent": seed}
+                    found = program.session(fed)
                 else:
                     limit = None if at_most is None else max(1, at_most // size)
                     found = self.model.run(program, feeds, rows, shared, at_most=limit)
@@ -284,6 +339,46 @@ class IntegratedGradients(Attribution):
         N), ``positions`` and ``weights`` of the steps [S], ``cotangent``. Outputs:
         ``attribution.I``, summed over the steps given.
         """
+        copy, op, of, path = self._along_path(question)
+        graph = copy.graph
+        weights = ir.Value(
+            name="weights", type=ir.TensorType(_wide(of)), shape=ir.Shape(["steps"])
+        )
+        seed = new_input(graph, "cotangent", of, dims(of))
+        graph.inputs.append(weights)
+        seeds = seed
+        if not question.at_once:
+            # Linear in the cotangent: weighting it weights the gradients, and costs nothing.
+            scaled = op.Mul(
+                op.Unsqueeze(_widen(op, seed), [1]), _along_steps(op, weights, rank(of))
+            )
+            seeds = merge_rows(op, op.cast_like(scaled, of), of)
+        points = [point.rows for point in path]
+        grads = backward(op, {of: seeds}, points, opset=self.model.opset)
+        graph.outputs.clear()
+        for i, (point, grad) in enumerate(zip(path, grads, strict=True)):
+            value = point.value
+            steps = _widen(op, split_rows(op, grad, point.times, value))
+            if question.at_once:
+                steps = op.Mul(steps, _along_steps(op, op.cast_like(weights, steps), rank(value)))
+            total = op.ReduceSum(steps, [1], keepdims=0)
+            emit_attribution(
+                op, op.Mul(total, point.delta) if self.multiplies_by_inputs else total, i
+            )
+        prune(copy)
+        return copy
+
+    def _build_ends(self, question: Question) -> ir.Model:
+        """The explained value at positions of the path; the inputs as in the explainer."""
+        copy, _, of, _ = self._along_path(question)
+        copy.graph.outputs[:] = [of]
+        prune(copy)
+        return copy
+
+    def _along_path(
+        self, question: Question
+    ) -> tuple[ir.Model, Emitter, ir.Value, list[_Point]]:
+        """A copy of the model that runs every example at ``positions`` of its path."""
         explained = [
             v for v in self.model.graph.graph.inputs if v.name in question.feeds.explained
         ]
@@ -299,65 +394,37 @@ class IntegratedGradients(Attribution):
         positions = ir.Value(
             name="positions", type=ir.TensorType(_wide(wrt[0])), shape=ir.Shape(["steps"])
         )
-        weights = ir.Value(
-            name="weights", type=ir.TensorType(_wide(of)), shape=ir.Shape(["steps"])
-        )
-        seed = new_input(graph, "cotangent", of, dims(of))
-        graph.inputs.extend([positions, weights])
+        graph.inputs.append(positions)
         times = op.Shape(positions)
-
-        deltas, points = [], {}
+        path = []
         for value, start in zip(wrt, twin(op, wrt, baselines), strict=True):
             begin, end = _widen(op, start), _widen(op, value)
             delta = op.Sub(end, begin)
-            path = op.Add(
+            line = op.Add(
                 op.Unsqueeze(begin, [1]),
                 op.Mul(op.Unsqueeze(delta, [1]), _along_steps(op, positions, rank(value))),
             )
-            deltas.append(delta)
-            points[value] = merge_rows(op, op.cast_like(path, value), value)
-        seeds = seed
-        if not question.at_once:
-            # Linear in the cotangent: weighting it weights the gradients, and costs nothing.
-            scaled = op.Mul(
-                op.Unsqueeze(_widen(op, seed), [1]), _along_steps(op, weights, rank(of))
-            )
-            seeds = merge_rows(op, op.cast_like(scaled, of), of)
-        Rows(op, [of], points, times)
+            rows = merge_rows(op, op.cast_like(line, value), value)
+            path.append(_Point(value, delta, rows, times))
+        Rows(op, [of], {p.value: p.rows for p in path}, times)
         graph.sort()
-        grads = backward(op, {of: seeds}, list(points.values()), opset=self.model.opset)
-        graph.outputs.clear()
-        for i, (value, grad, delta) in enumerate(zip(wrt, grads, deltas, strict=True)):
-            steps = _widen(op, split_rows(op, grad, times, value))
-            if question.at_once:
-                steps = op.Mul(steps, _along_steps(op, op.cast_like(weights, steps), rank(value)))
-            total = op.ReduceSum(steps, [1], keepdims=0)
-            emit_attribution(op, op.Mul(total, delta) if self.multiplies_by_inputs else total, i)
-        prune(copy)
-        return copy
+        return copy, op, of, path
 
     def _delta(
-        self, question: Question, arrays: list[np.ndarray], starts: Mapping[str, np.ndarray]
+        self, question: Question, result: Any, starts: Mapping[str, np.ndarray]
     ) -> np.ndarray:
-        """The completeness gap of each example, float64 [N]."""
-        feeds, count = question.feeds, question.feeds.count
+        """The sum of attributions minus the difference of the outputs, float64 [N]."""
+        feeds = question.feeds
         name = question.of.name or ""
         program = self.model.forward([name])
-        begins = feeds.arrays | {k: np.broadcast_to(v, feeds.arrays[k].shape) for k, v in starts.items()}
-        ends = []
-        for arrays_fed in (feeds.arrays, begins):
-            values = self.model.run(program, Feeds(arrays_fed, feeds.explained, feeds.form, count))
-            value = values[name].astype(np.float64)
-            if question.at_once:
-                ends.append(value.reshape(1))
-            elif self._of is not None:
-                mask = question.seeds(slice(0, 1)).astype(np.float64)
-                ends.append((value * mask).reshape(count, -1).sum(axis=1))
-            else:
-                ends.append(targets.select(value, question.indices).reshape(count))
-        total = sum(a.reshape(len(a), -1).sum(axis=1, dtype=np.float64) for a in arrays)
+        begins = {k: np.broadcast_to(v, feeds.arrays[k].shape) for k, v in starts.items()}
+        ends = [
+            self._explained(question, self.model.run(program, replace(feeds, arrays=fed))[name])
+            for fed in (feeds.arrays, feeds.arrays | begins)
+        ]
+        total = _sums(result)
         if question.at_once:
-            total = np.sum(total, keepdims=True)
+            total = total.sum(keepdims=True)
         return np.asarray(total - (ends[0] - ends[1]))
 
 
@@ -447,6 +514,24 @@ class NeuronIntegratedGradients(IntegratedGradients):
             of_entering=attribute_to_neuron_input,
         )
         return self._integrate(question, baselines, n_steps, method, internal_batch_size, False)
+
+
+def _split_feeds(
+    question: Question, starts: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The baselines as feeds: those with a row per example, and those shared by all."""
+    fed = {f"{k}.baseline": v for k, v in starts.items()}
+    rows = {k: v for k, v in fed.items() if len(v) == question.feeds.count}
+    return rows, {k: v for k, v in fed.items() if k not in rows}
+
+
+def _sums(result: Any) -> np.ndarray:
+    """The sum of each example's attributions over all sources, float64 [N]."""
+    parts = list(result.values()) if isinstance(result, Mapping) else result
+    if not isinstance(parts, tuple | list):
+        parts = (parts,)
+    flat = [a for part in parts for a in (part if isinstance(part, tuple) else (part,))]
+    return np.asarray(sum(a.reshape(len(a), -1).sum(axis=1, dtype=np.float64) for a in flat))
 
 
 def _wide(value: ir.Value) -> ir.DataType:

@@ -32,10 +32,6 @@ def pytest_pycollect_makemodule(
     return _SkippedModule.from_parent(parent, path=module_path) if MISSING else None
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "oracle: compares with PyTorch, Captum and timm")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(HERE):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.projection import Case, check, check_adjoint
+from tests.projection import Case, check, check_adjoint, evaluate, gradient, load, make_model
 
 rng = np.random.default_rng(0)
 normal = rng.standard_normal
@@ -62,7 +62,7 @@ ROWS = [
              dtypes=DTYPES[how], name=how)
         for how in ("none", "add", "mul", "max", "min")
     ),
-    Case("ScatterElements", [normal((5, 4)), DISTINCT, normal((3, 4))], {"axis": -2},
+    Case("ScatterElements", [normal((5, 4)), normal((3, 4)).argsort(0) - 3, normal((3, 4))], {"axis": -2},
          symbolic=[0, 2], name="symbolic"),
     Case("Compress", [A, np.asarray([False, True, True])], {"axis": 1}, const=[1]),
     Case("Compress", [A, np.asarray([True, False, True, True])], {"axis": -2}, name="computed"),
@@ -82,4 +82,21 @@ def test_projection(case: Case) -> None:
 def test_indices_narrower_than_data() -> None:
     # The reference evaluator refuses indices that are narrower off the axis.
     check_adjoint(Case("GatherElements", [normal((4, 6)), PICKS], {"axis": 0}, symbolic=[0]))
-    check_adjoint(Case("ScatterElements", [normal((4, 6)), DISTINCT, normal((3, 4))], {"axis": 1}))
+    check_adjoint(Case("ScatterElements", [normal((4, 6)), DISTINCT % 4, normal((3, 4))], {"axis": 1}))
+
+
+def test_kinks_follow_pytorch() -> None:
+    """Factors of zero get the product of the others; ties of max and min share evenly."""
+    data, updates = np.asarray([0.0, 2.0, 3.0]), np.asarray([5.0, 0.0, 0.0, 3.0])
+    cells = ints(0, 1, 1, 2)
+    for how, of_data, of_updates in (
+        ("mul", [5.0, 0.0, 3.0], [0.0, 0.0, 0.0, 3.0]),
+        ("max", [0.0, 1.0, 0.5], [1.0, 0.0, 0.0, 0.5]),
+        ("min", [1.0, 0.0, 0.5], [0.0, 0.5, 0.5, 0.5]),
+    ):
+        case = Case("ScatterElements", [data, cells, updates], {"reduction": how})
+        back = gradient(load(make_model(case)), "y0", ["x0", "x2"])
+        feeds = {"x0": data, "x1": cells, "x2": updates, "cotangent": np.ones(3)}
+        _, g_data, g_updates = evaluate(back, feeds)
+        np.testing.assert_array_equal(g_data, of_data)
+        np.testing.assert_array_equal(g_updates, of_updates)

@@ -86,7 +86,64 @@ CONV = [
     ]
     for options in (options, options | {"symbolic": (0,)}, options | {"const": (1,), "wrt": (0,)})
 ]
-CASES = MATMUL + GEMM + CONV
+
+CONV_TRANSPOSE = [
+    row("ConvTranspose", *shapes, **options)
+    for shapes, options in [
+        (((2, 3, 4), (3, 2, 3), (2,)), {}),
+        (((2, 3, 4, 5), (3, 2, 3, 2), (2,)), {"pads": [1, 0, 2, 1]}),
+        (((2, 3, 4, 5), (3, 2, 3, 3)), {"strides": [2, 3], "pads": [1, 1, 0, 1]}),
+        (((2, 3, 4, 5), (3, 2, 3, 3)), {"strides": [2, 3], "output_padding": [1, 2]}),
+        (((2, 3, 4, 5), (3, 2, 2, 2)), {"dilations": [2, 3], "output_padding": [1, 2]}),
+        (((2, 3, 4, 5), (3, 2, 1, 1)), {"strides": [2, 2], "output_padding": [1, 0]}),
+        (((2, 4, 4, 5), (4, 3, 3, 2), (6,)), {"group": 2, "strides": [2, 1]}),
+        (((2, 4, 4, 5), (4, 1, 3, 3)), {"group": 4, "strides": [2, 2], "pads": [1, 1, 1, 1]}),
+        (((2, 3, 4, 5), (3, 2, 3, 3)), {"strides": [2, 2], "output_shape": [8, 10]}),
+        (((2, 3, 4, 5), (3, 2, 3, 2)), {"strides": [2, 2], "output_shape": [9, 11]}),
+        (((2, 3, 4, 5), (3, 2, 4, 4)), {"strides": [2, 3], "auto_pad": "SAME_UPPER"}),
+        (((2, 3, 4, 5), (3, 2, 4, 3)), {"strides": [1, 2], "auto_pad": "SAME_LOWER"}),
+        (((2, 3, 4, 5), (3, 2, 2, 3)), {"strides": [3, 2], "auto_pad": "VALID"}),
+        (((1, 2, 3, 2, 3), (2, 3, 2, 2, 2), (3,)), {"strides": [2, 1, 2], "pads": [0, 1, 0, 1, 0, 1]}),
+        (((0, 3, 4, 5), (3, 2, 3, 2)), {"wrt": (0,)}),
+    ]
+    for options in (options, options | {"const": (1,), "wrt": (0,)})
+] + [
+    row("ConvTranspose", (2, 3, 4, 5), (3, 2, 3, 3), symbolic=(0,), **options)
+    for options in (
+        {"strides": [2, 3], "pads": [1, 1, 0, 1], "output_padding": [1, 0]},
+        {"strides": [2, 2], "auto_pad": "SAME_UPPER"},
+    )
+]
+
+EINSUM = [
+    row("Einsum", *shapes, equation=equation, **options)
+    for equation, shapes in [
+        ("ij,jk->ik", ((2, 3), (3, 4))),
+        ("ij,jk", ((2, 3), (3, 4))),
+        ("b i d , b j d -> b i j", ((2, 3, 4), (2, 5, 4))),
+        ("bhid,bhjd->bhij", ((2, 2, 3, 4), (2, 2, 5, 4))),
+        ("ij->ji", ((2, 3),)),
+        ("ij->", ((2, 3),)),
+        ("ij->i", ((2, 3),)),
+        ("ba", ((2, 3),)),
+        ("ii->i", ((3, 3),)),
+        ("ii", ((3, 3),)),
+        ("iij,j->i", ((2, 2, 3), (3,))),
+        ("iii->i", ((2, 2, 2),)),
+        ("i,j->ij", ((2,), (3,))),
+        (",ij->ij", ((), (2, 3))),
+        ("ij,jk,kl->il", ((2, 3), (3, 2), (2, 4))),
+        ("ij,kl->i", ((2, 3), (3, 4))),
+        ("...ij,...jk->...ik", ((4, 1, 2, 3), (5, 3, 2))),
+        ("...ij,jk->...ik", ((4, 5, 2, 3), (3, 2))),
+        ("...i,...i", ((2, 1, 3), (1, 4, 3))),
+        ("i...->...", ((2, 3, 4),)),
+        ("...,...->...", ((1, 3), (2, 3))),
+        ("bij,bjk->bik", ((0, 2, 3), (0, 3, 2))),
+    ]
+    for options in ({}, {"symbolic": tuple(range(len(shapes)))})
+]
+CASES = MATMUL + GEMM + CONV + CONV_TRANSPOSE + EINSUM
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnxplain.errors import UnsupportedModelError
 from onnxplain.graph.emit import Call, Dim, Emitter, dims, rank
 from onnxplain.rules import RuleTable
-from onnxplain.rules.vjp.window import Window, kernel_sizes, known, spread, window
+from onnxplain.rules.vjp.window import Window, extents_of, known, sliding, spread, window
 
 TABLE = RuleTable("linear")
 rule = TABLE.rule
@@ -80,7 +80,7 @@ def gemm(op: Emitter, n: Call, g: Any) -> Any:
 @rule("Conv")
 def conv(op: Emitter, n: Call, g: Any) -> Any:
     x, w = n.x[:2]
-    at, group = window(op, n, kernel_sizes(w)), n.attr("group")
+    at, group = window(op, n, dims(w)[2:]), n.attr("group")
     return (
         lambda: spread(op, g, w, at, x, n.y[0], group),
         lambda: _kernel_grad(op, x, g, at, w, group),
@@ -120,15 +120,13 @@ def _transposed_window(n: Call) -> Window:
     Its ``end`` is the padding with which the last window just ends (negative: output padding).
     """
     x, w = n.x[:2]
-    kernel = kernel_sizes(w)
-    axes, ones = len(kernel), [1] * len(kernel)
-    strides, dilations = n.attr("strides") or ones, n.attr("dilations") or ones
+    axes = rank(w) - 2
+    strides, dilations, extents = sliding(n, dims(w)[2:])
     extra = np.array(n.attr("output_padding") or [0] * axes)
-    at = Window(kernel, tuple(strides), tuple(dilations), (), ())
     mode, wanted = n.attr("auto_pad"), n.attr("output_shape")
     if wanted or mode in ("SAME_UPPER", "SAME_LOWER"):
         # Unpadded, an axis of size n gives (n - 1) * stride + extent + extra positions.
-        surplus = np.array(at.extents) - strides
+        surplus = np.array(extents_of(n, extents)) - strides
         if wanted:
             sizes = known(dims(x)[2:])
             if sizes is None:
@@ -143,7 +141,7 @@ def _transposed_window(n: Call) -> Window:
     else:
         pads = np.array((n.attr("pads") if mode == "NOTSET" else None) or [0] * (2 * axes))
         begin, end = pads[:axes], pads[axes:] - extra
-    return Window(kernel, at.strides, at.dilations, tuple(begin.tolist()), tuple(end.tolist()))
+    return Window(strides, dilations, extents, tuple(begin.tolist()), tuple(end.tolist()))
 
 
 def _kernel_grad(
@@ -153,7 +151,7 @@ def _kernel_grad(
 
     Examples and channels change places: the sum over examples is a sum over input channels.
     """
-    axes = len(at.kernel)
+    axes = len(at.strides)
     pads: list[int] | None = None
     if isinstance(at.begin, tuple) and isinstance(at.end, tuple):
         pads = [*at.begin, *(max(e, 0) for e in at.end)]
@@ -179,10 +177,11 @@ def _kernel_grad(
         dilations=at.strides,
         pads=pads,
     )
-    out, inside = dims(w)[:2]
+    out, inside, *kernel = dims(w)
     gw.shape = ir.Shape([inside, out, *[None] * axes])
-    gw = op.Slice(gw, [0] * axes, at.kernel, swap[2:])  # without what lies behind the last window
-    gw.shape = ir.Shape([inside, out, *at.kernel])
+    sizes = op.const(np.array(k)) if (k := known(kernel)) else op.Shape(w, start=2)
+    gw = op.Slice(gw, [0] * axes, sizes, swap[2:])  # without what lies behind the last window
+    gw.shape = ir.Shape([inside, out, *kernel])
     return op.Transpose(gw, perm=swap)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxplain.graph.emit import Call, Emitter, dims, rank
+from onnxplain.graph.emit import Call, Emitter, dims
 from onnxplain.rules import RuleTable
-from onnxplain.rules.vjp.window import Window, known, spread, window
+from onnxplain.rules.vjp.window import known, spread, window
 
 TABLE = RuleTable("pooling")
 rule = TABLE.rule
@@ -32,16 +32,13 @@ def max_pool(op: Emitter, n: Call, g: Any) -> Any:
 
 @rule("AveragePool")
 def average_pool(op: Emitter, n: Call, g: Any) -> Any:
-    x, y = n.x[0], n.y[0]
-    at = window(op, n, n.attr("kernel_shape"))
-    return _spread_evenly(op, _average(op, n, g, at), at, x, y)
+    return _spread_evenly(op, n, _average(op, n, g))
 
 
 @rule("LpPool")
 def lp_pool(op: Emitter, n: Call, g: Any) -> Any:
     x, y, p = n.x[0], n.y[0], n.attr("p")
-    at = window(op, n, n.attr("kernel_shape"))
-    return op.Mul(_spread_evenly(op, _over_norm(op, g, y, p), at, x, y), _power(op, x, p))
+    return op.Mul(_spread_evenly(op, n, _over_norm(op, g, y, p)), _power(op, x, p))
 
 
 @rule("GlobalLpPool")
@@ -71,16 +68,17 @@ def global_max_pool(op: Emitter, n: Call, g: Any) -> Any:
     return op.Mul(g, mask)
 
 
-def _spread_evenly(op: Emitter, g: ir.Value, at: Window, x: ir.Value, y: ir.Value) -> ir.Value:
+def _spread_evenly(op: Emitter, n: Call, g: ir.Value) -> ir.Value:
     """Every value of ``g`` [like y] added to each position of its window."""
-    channels = dims(x)[1]
+    x, y, kernel = n.x[0], n.y[0], n.attr("kernel_shape")
+    at, channels = window(op, n, kernel), dims(x)[1]
     if isinstance(channels, int):
-        ones = op.const(np.ones((channels, 1, *at.kernel)), x.dtype)
+        ones = op.const(np.ones((channels, 1, *kernel)), x.dtype)
         return spread(op, g, ones, at, x, y, group=channels)
     # Channels as examples of one channel.
     each_x, each_y = (_channels_apart(op, v, v) for v in (x, y))
     each_g = _channels_apart(op, g, y)
-    ones = op.const(np.ones((1, 1, *at.kernel)), x.dtype)
+    ones = op.const(np.ones((1, 1, *kernel)), x.dtype)
     return op.reshape_like(spread(op, each_g, ones, at, each_x, each_y, group=1), x)
 
 
@@ -91,13 +89,14 @@ def _channels_apart(op: Emitter, value: ir.Value, like: ir.Value) -> ir.Value:
     return out
 
 
-def _average(op: Emitter, n: Call, g: ir.Value, at: Window) -> ir.Value:
+def _average(op: Emitter, n: Call, g: ir.Value) -> ir.Value:
     """``g`` divided by the number of positions that each window averages."""
-    x, y, axes = n.x[0], n.y[0], len(at.kernel)
+    x, y, kernel = n.x[0], n.y[0], n.attr("kernel_shape")
+    at, axes = window(op, n, kernel), len(kernel)
     include, ceil = n.attr("count_include_pad"), n.attr("ceil_mode")
     fixed = isinstance(at.begin, tuple) and isinstance(at.end, tuple)
     if not ceil and (include or (fixed and not any((*at.begin, *at.end)))):  # type: ignore[misc]
-        return op.Mul(g, 1 / math.prod(at.kernel))
+        return op.Mul(g, 1 / math.prod(kernel))
     # Count ones: the input's, the padding's if it is included, none behind that.
     corner = op.const(np.zeros(2, np.int64))
     sizes = op.const(np.array(s)) if (s := known(dims(x)[2:])) else op.Shape(x, start=2)
@@ -108,7 +107,7 @@ def _average(op: Emitter, n: Call, g: ir.Value, at: Window) -> ir.Value:
     ones = op.Pad(ones, pads, one if include else zero)
     if ceil:
         ones = op.Pad(ones, [0] * (4 + axes) + [s - 1 for s in at.strides], zero)
-    kernel = op.const(np.ones((1, 1, *at.kernel)), x.dtype)
+    kernel = op.const(np.ones((1, 1, *kernel)), x.dtype)
     count = op.Conv(ones, kernel, strides=at.strides, dilations=at.dilations)
     if ceil:
         count = op.Slice(count, [0] * axes, op.Shape(y, start=2), list(range(2, 2 + axes)))

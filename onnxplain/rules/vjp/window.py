@@ -18,20 +18,16 @@ Sizes = tuple[int, ...]
 class Window:
     """How a kernel slides over the spatial axes of ``x`` [N, C, *spatial] to give ``y``.
 
+    ``extents`` are the positions that the dilated kernel spans, None where its size is unknown.
     ``begin`` and ``end`` are the padding in front of and behind each axis: integers, or computed
     int64 vectors where ``auto_pad`` makes them depend on a size that is only known at run time.
     """
 
-    kernel: Sizes
     strides: Sizes
     dilations: Sizes
+    extents: Sizes | None
     begin: Sizes | ir.Value
     end: Sizes | ir.Value
-
-    @property
-    def extents(self) -> Sizes:
-        """Input positions that the dilated kernel spans, per axis."""
-        return _extents(self.kernel, self.dilations)
 
     @property
     def dense(self) -> bool:
@@ -46,7 +42,7 @@ class Window:
         if self.dense:
             return self.end
         inside, outside = known(dims(x)[2:]), known(dims(y)[2:])
-        if inside is None or outside is None:
+        if inside is None or outside is None or self.extents is None:
             return None
         return tuple(
             s * (o - 1) + e - b - i
@@ -61,24 +57,31 @@ def known(sizes: Sequence[Dim]) -> Sizes | None:
     return tuple(sizes) if all(isinstance(s, int) for s in sizes) else None  # type: ignore[arg-type]
 
 
-def window(op: Emitter, n: Call, kernel: Sequence[int]) -> Window:
+def window(op: Emitter, n: Call, kernel: Sequence[Dim]) -> Window:
     """The geometry of a Conv or pooling node whose kernel has these spatial sizes."""
-    axes = len(kernel)
-    strides = tuple(n.attr("strides") or [1] * axes)
-    dilations = tuple(n.attr("dilations") or [1] * axes)
-    begin, end = _pads(op, n, strides, _extents(kernel, dilations))
-    return Window(tuple(kernel), strides, dilations, begin, end)
+    strides, dilations, extents = sliding(n, kernel)
+    begin, end = _pads(op, n, strides, extents)
+    return Window(strides, dilations, extents, begin, end)
 
 
-def kernel_sizes(w: ir.Value) -> Sizes:
-    """The spatial sizes of a convolution's weights."""
-    sizes = known(dims(w)[2:])
-    if sizes is None:
+def sliding(n: Call, kernel: Sequence[Dim]) -> tuple[Sizes, Sizes, Sizes | None]:
+    """Strides, dilations and extents of a node whose kernel has these spatial sizes."""
+    ones = [1] * len(kernel)
+    strides, dilations = n.attr("strides") or ones, n.attr("dilations") or ones
+    extents = None
+    if (sizes := known(kernel)) is not None:
+        extents = tuple((k - 1) * d + 1 for k, d in zip(sizes, dilations, strict=True))
+    return tuple(strides), tuple(dilations), extents
+
+
+def extents_of(n: Call, extents: Sizes | None) -> Sizes:
+    """The extents where padding can't be known without them."""
+    if extents is None:
         raise UnsupportedModelError(
-            f"the weights '{w.name}' of a convolution have unknown sizes {dims(w)}, so its "
-            "gradient can't be written; export the model with the kernel's sizes known"
+            f"{n.node.op_type} '{n.node.name}' pads by the size of a kernel "
+            f"'{n.x[1].name}' {dims(n.x[1])} that is unknown; give explicit pads"
         )
-    return sizes
+    return extents
 
 
 def spread(
@@ -89,7 +92,7 @@ def spread(
     slide = {"group": group, "strides": at.strides, "dilations": at.dilations}
     if tail is None:
         # What lies behind the last window is unknown: make too much and cut.
-        axes = list(range(2, 2 + len(at.kernel)))
+        axes = list(range(2, 2 + len(at.strides)))
         out = op.ConvTranspose(g, w, **slide, output_padding=[s - 1 for s in at.strides])
         start = op.const(np.array(at.begin)) if isinstance(at.begin, tuple) else at.begin
         out = op.Slice(out, start, op.Add(start, op.Shape(x, start=2)), axes)
@@ -126,24 +129,20 @@ def adjoint_kernel(op: Emitter, w: ir.Value, group: int) -> ir.Value:
     return w
 
 
-def _extents(kernel: Sequence[int], dilations: Sequence[int]) -> Sizes:
-    return tuple((k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True))
-
-
 def _mirrored(at: Window, tail: Sizes) -> list[int]:
     """Padding of the convolution with the flipped kernel that is the adjoint of a dense window."""
-    pads: tuple[Sizes, ...] = (at.begin, tail)  # type: ignore[assignment]
-    return [e - 1 - p for side in pads for e, p in zip(at.extents, side, strict=True)]
+    assert isinstance(at.begin, tuple) and at.extents is not None
+    return [e - 1 - p for side in (at.begin, tail) for e, p in zip(at.extents, side, strict=True)]
 
 
 def _pads(
-    op: Emitter, n: Call, strides: Sizes, extents: Sizes
+    op: Emitter, n: Call, strides: Sizes, extents: Sizes | None
 ) -> tuple[Sizes | ir.Value, Sizes | ir.Value]:
     axes, mode = len(strides), n.attr("auto_pad")
     if mode in ("NOTSET", "VALID"):
         pads = (n.attr("pads") if mode == "NOTSET" else None) or [0] * (2 * axes)
         return tuple(pads[:axes]), tuple(pads[axes:])
-    x = n.x[0]
+    x, extents = n.x[0], extents_of(n, extents)
     if all(s == 1 for s in strides):
         total: np.ndarray | None = np.asarray(extents) - 1
     else:

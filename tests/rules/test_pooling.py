@@ -1,0 +1,74 @@
+"""Derivatives of pooling."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.projection import Case, check, evaluate, gradient, load, make_model
+
+rng = np.random.default_rng(5)
+r = rng.standard_normal
+
+
+def rows(op: str, shape: tuple[int, ...], kernel: list[int] | None, **attrs: object) -> list[Case]:
+    """A case with sizes known, and with only the rank known."""
+    if kernel is not None:
+        attrs["kernel_shape"] = kernel
+    name = "x".join(map(str, shape)) + "".join(f"-{k}{v}" for k, v in attrs.items())
+    x = r(shape)
+    return [
+        Case(op, [x], attrs, name=name),
+        Case(op, [x], attrs, name=f"{name}-symbolic", symbolic=(0,)),
+    ]
+
+
+# Geometries that all pools of windows share.
+GEOMETRIES: list[tuple[tuple[int, ...], list[int], dict[str, object]]] = [
+    ((2, 3, 7), [3], {}),
+    ((2, 3, 8), [3], {"strides": [2], "pads": [1, 0], "dilations": [2]}),
+    ((2, 3, 6, 7), [2, 2], {"strides": [2, 2]}),
+    ((2, 3, 6, 7), [3, 3], {"strides": [2, 2], "pads": [1, 1, 1, 1]}),
+    ((2, 3, 6, 7), [3, 2], {"pads": [0, 1, 2, 0]}),
+    ((2, 3, 6, 7), [2, 3], {"strides": [2, 2], "ceil_mode": 1}),
+    ((2, 3, 6, 7), [3, 3], {"strides": [2, 3], "ceil_mode": 1, "pads": [1, 1, 1, 1]}),
+    ((1, 2, 5, 5), [2, 2], {"strides": [3, 3], "ceil_mode": 1, "pads": [0, 0, 1, 1]}),
+    ((2, 3, 6, 7), [2, 2], {"dilations": [2, 3]}),
+    ((2, 3, 7, 7), [2, 2], {"strides": [2, 2], "dilations": [3, 2], "ceil_mode": 1}),
+    ((2, 3, 6, 7), [3, 2], {"auto_pad": "SAME_UPPER", "strides": [2, 2]}),
+    ((2, 3, 6, 7), [3, 2], {"auto_pad": "SAME_LOWER"}),
+    ((2, 3, 6, 7), [3, 2], {"auto_pad": "VALID", "strides": [2, 1]}),
+    ((1, 2, 4, 5, 4), [2, 2, 3], {"strides": [2, 1, 1], "pads": [0, 1, 1, 0, 0, 1]}),
+    ((0, 3, 6, 7), [2, 2], {}),
+]
+MAX = [c for shape, kernel, attrs in GEOMETRIES for c in rows("MaxPool", shape, kernel, **attrs)]
+MAX += rows("MaxPool", (2, 3, 6, 5), [2, 2], storage_order=1)
+AVERAGE = [
+    c
+    for shape, kernel, attrs in GEOMETRIES
+    for include in (0, 1)
+    for c in rows("AveragePool", shape, kernel, count_include_pad=include, **attrs)
+]
+LP = [
+    c
+    for i, (shape, kernel, attrs) in enumerate(GEOMETRIES)
+    for c in rows("LpPool", shape, kernel, p=(2, 1, 3)[i % 3], **attrs)
+]
+GLOBAL = [
+    c
+    for op, attrs in (
+        ("GlobalAveragePool", {}),
+        ("GlobalMaxPool", {}),
+        ("GlobalLpPool", {"p": 1}),
+        ("GlobalLpPool", {"p": 2}),
+        ("GlobalLpPool", {"p": 3}),
+    )
+    for shape in ((2, 3, 5), (2, 3, 4, 5), (1, 2, 3, 2, 3), (0, 2, 3, 3))
+    for c in rows(op, shape, None, **attrs)
+]
+CASES = MAX + AVERAGE + LP + GLOBAL
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_projection(case: Case) -> None:
+    check(case)
