@@ -49,7 +49,9 @@ def main(ctx: click.Context, verbose: bool) -> None:
     log.handlers[:] = [_ToStandardError()]
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     ctx.with_resource(warnings.catch_warnings())
-    warnings.showwarning = lambda message, *rest, **more: click.echo(f"warning: {message}", err=True)
+    warnings.showwarning = lambda message, *rest, **more: click.echo(
+        f"warning: {message}", err=True
+    )
 
 
 class _ToStandardError(logging.Handler):
@@ -384,7 +386,7 @@ def explain(
     are explained together. NAME=INPUT is for the model's input of that name.
     """
     info = _method(method)
-    extra = _method_options(options, info.options)
+    chosen = _method_options(options, info.options)
     if baseline is not None and not info.takes_baselines:
         raise click.UsageError(f"--baseline: method {info.name!r} has none")
 
@@ -399,26 +401,27 @@ def explain(
     text = sample.display.kind == "text"
     explained = [str(sample.display.input_name)] if text else list(sample.arrays)
     rest = {name: x for name, x in sample.arrays.items() if name not in explained}
+    baselines = None
     if baseline is not None:
-        found = load_baselines(baseline, sample, loaded.inputs, setting)
-        if isinstance(found, dict):
-            found = {name: x for name, x in found.items() if name in explained}
-        extra["baselines"] = found
+        baselines = load_baselines(baseline, sample, loaded.inputs, setting)
+        if isinstance(baselines, dict):
+            baselines = {name: x for name, x in baselines.items() if name in explained}
 
-    from .explain import explain as explain_model
+    from . import explain as explain_model
 
     explanation = explain_model(
         loaded,
         {name: sample.arrays[name] for name in explained},
+        info.name,
+        _target(target, names),
         additional_forward_args=rest or None,
-        method=info.name,
-        target=_target(target, names),
         layer=layer,
         neuron=neuron,
+        baselines=baselines,
         seed=seed,
-        display=sample.display,
         labels=names,
-        **extra,
+        display=sample.display,
+        method_options=chosen,
     )
     _deliver(explanation, output, save, as_json)
 

@@ -37,6 +37,7 @@ def explain(
     seed: int | None = None,
     labels: list[str] | None = None,
     display: Display | None = None,
+    method_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Explanation:
     """Explain predictions.
@@ -55,7 +56,9 @@ def explain(
         seed: for random methods.
         labels: class names.
         display: how to show the input to a person.
-        options: of the method.
+        method_options: options of the method, as a dict: for those called like an argument here
+            (integrated gradients have one called ``method``).
+        options: options of the method.
 
     Raises:
         InputError and the errors of the method.
@@ -64,6 +67,7 @@ def explain(
     if method not in methods:
         raise InputError(f"there is no method '{method}'; the methods are {', '.join(methods)}")
     info = methods[method]
+    options = {**(method_options or {}), **options}
     _check_options(info, options, baselines, seed)
     feeds = model.feeds(inputs, additional_forward_args)
     labels = labels if labels is not None else model.labels

@@ -188,7 +188,7 @@ def _depends(model: ir.Model, of: str, wrt: str) -> bool:
     from onnxplain.graph.grad import _Active
 
     index = value_index(model.graph)
-    active = _Active(model.graph, [index[of]], [index[wrt]])
+    active = _Active(model.graph, [index[of]], [index[wrt]], VJP)
     return index[of] in active.values
 
 

@@ -196,12 +196,37 @@ class LpPool(_Sliding):
         return ((values.sum(-1) ** (1 / p)).astype(x.dtype),)
 
 
+class GlobalMaxPool(OpRun):
+    """The original reduces over the wrong axes."""
+
+    def _run(self, x):
+        return (np.max(x, tuple(range(2, x.ndim)), keepdims=True),)
+
+
+class GlobalAveragePool(OpRun):
+    """The original refuses an empty batch."""
+
+    def _run(self, x):
+        return (np.mean(x, tuple(range(2, x.ndim)), keepdims=True),)
+
+
 class GlobalLpPool(OpRun):
     """Missing from the original."""
 
     def _run(self, x, p=None):
         axes = tuple(range(2, x.ndim))
         return ((np.sum(np.abs(x) ** p, axes, keepdims=True) ** (1 / p)).astype(x.dtype),)
+
+
+class GatherElements(OpRun):
+    """The original takes at most 64 indices along an axis."""
+
+    def _run(self, data, indices, axis=None):
+        axis %= data.ndim
+        inside = tuple(
+            slice(None if a == axis else n) for a, n in enumerate(indices.shape)
+        )
+        return (np.take_along_axis(data[inside], indices, axis),)
 
 
 class Flatten(OpRun):
@@ -212,4 +237,21 @@ class Flatten(OpRun):
         return (x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:])),)
 
 
-CORRECTED = [Flatten, Erf, Gelu, Mean, LRN, LpNormalization, Conv, ConvTranspose, MaxPool, AveragePool, LpPool, GlobalLpPool]
+CORRECTED = [
+    Flatten,
+    GatherElements,
+    GlobalMaxPool,
+    GlobalAveragePool,
+    Erf,
+    Gelu,
+    Mean,
+    LRN,
+    LpNormalization,
+    Conv,
+    ConvTranspose,
+    MaxPool,
+    AveragePool,
+    LpPool,
+    GlobalLpPool,
+    GroupNormalization,
+]

@@ -63,7 +63,8 @@ def test_a_picture_becomes_normalized_channels_first(png: Path, rgb: np.ndarray)
     wanted = (rgb / 255 - [0.5, 0.25, 0.0]) / [0.5, 1.0, 2.0]
     assert sample.arrays["image"].dtype == np.float32
     np.testing.assert_allclose(sample.arrays["image"][0], wanted.transpose(2, 0, 1), atol=1e-6)
-    assert sample.display.kind == "image" and sample.display.layout == "NCHW"
+    assert sample.display.kind == "image"
+    assert sample.display.layout == "NCHW"
     np.testing.assert_array_equal(sample.display.images, rgb[None])
 
 
@@ -94,7 +95,8 @@ def test_every_pixel_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
     else:
         PIL.Image.fromarray(ramp).convert(mode).save(path)
     values = read_image(path)
-    assert values.shape == (4, 6, 3) and values.dtype == np.float32
+    assert values.shape == (4, 6, 3)
+    assert values.dtype == np.float32
     assert (values == values[..., :1]).all()
     if mode == "1":
         assert set(np.unique(values)) == {0.0, 255.0}
@@ -132,7 +134,8 @@ def test_shortest_covers_and_crop_keeps_the_center(tmp_path: Path) -> None:
     setting = Preprocessing(size=(4, 4), resize="shortest", scale=1.0)
     spec = Spec("image", "float", ("N", 3, 4, 4))
     inner = load_input(path, spec, setting).arrays["image"]
-    assert inner.shape == (1, 3, 4, 4) and inner[0, 0, :, 1:3].min() > 190  # 4 x 12, middle third
+    assert inner.shape == (1, 3, 4, 4)
+    assert inner[0, 0, :, 1:3].min() > 190
     squeezed = load_input(path, spec, Preprocessing(scale=1.0)).arrays["image"]
     assert squeezed[0, 0, :, 0].max() < 20  # "exact" shows the dark sides too
 
@@ -234,7 +237,8 @@ def test_an_input_of_unknown_rank_takes_any_array(tmp_path: Path) -> None:
     path = tmp_path / "x.npy"
     np.save(path, np.ones((2, 3, 4, 5, 6)))
     sample = load_input(path, Spec("x", "float", None))
-    assert sample.arrays["x"].shape == (2, 3, 4, 5, 6) and sample.display.kind == "array"
+    assert sample.arrays["x"].shape == (2, 3, 4, 5, 6)
+    assert sample.display.kind == "array"
 
 
 def test_several_inputs_by_name_and_from_one_archive(tmp_path: Path) -> None:
@@ -246,7 +250,8 @@ def test_several_inputs_by_name_and_from_one_archive(tmp_path: Path) -> None:
     named = load_inputs([f"rate={tmp_path / 'rate.npy'}", tmp_path / "x.npy"], specs)
     packed = load_inputs([tmp_path / "both.npz"], specs)
     for sample in (named, packed):
-        assert list(sample.arrays) == ["x", "rate"] and sample.display.input_name == "x"
+        assert list(sample.arrays) == ["x", "rate"]
+        assert sample.display.input_name == "x"
         np.testing.assert_array_equal(sample.arrays["x"], x)
         np.testing.assert_array_equal(sample.arrays["rate"], rate)
     with pytest.raises(InputError, match="no value for rate"):
@@ -305,7 +310,8 @@ def test_a_csv_is_one_series(tmp_path: Path) -> None:
     path.write_text("warm,wet\n" + "".join(f"{t},{-t}\n" for t in range(5)))
     sample = load_input(path, SERIES)
     assert sample.arrays["series"].shape == (1, 5, 2)
-    assert sample.display.kind == "series" and sample.display.layout == "NLC"
+    assert sample.display.kind == "series"
+    assert sample.display.layout == "NLC"
     assert sample.display.feature_names == ["warm", "wet"]
     first = load_input(path, Spec("s", "float", ("N", 2, 5)), Preprocessing(layout="NCL"))
     np.testing.assert_array_equal(first.arrays["s"][0], sample.arrays["series"][0].T)
@@ -700,7 +706,8 @@ def test_zero_and_numbers_are_themselves(png: Path) -> None:
 def test_mean_is_of_each_channel(png: Path, rgb: np.ndarray) -> None:
     sample = load_input(png, PICTURE)
     (mean,) = load_baselines("mean", sample, [PICTURE], Preprocessing()).values()
-    assert mean.shape == (1, 3, 4, 6) and mean.dtype == np.float32
+    assert mean.shape == (1, 3, 4, 6)
+    assert mean.dtype == np.float32
     np.testing.assert_allclose(mean[0, :, 0, 0], rgb.mean((0, 1)) / 255, rtol=1e-6)
     assert (mean == mean[:, :, :1, :1]).all()
 
@@ -711,7 +718,8 @@ def test_blur_keeps_the_mean_and_loses_the_detail(tmp_path: Path) -> None:
     np.save(path, np.random.default_rng(0).normal(size=(1, 64, 64, 3)) + np.arange(0, 15, 5))
     sample = load_input(path, spec)
     (blur,) = load_baselines("blur", sample, [spec], Preprocessing()).values()
-    assert blur.shape == (1, 64, 64, 3) and blur.dtype == np.float32
+    assert blur.shape == (1, 64, 64, 3)
+    assert blur.dtype == np.float32
     np.testing.assert_allclose(blur[0].mean((0, 1)), [0, 5, 10], atol=0.1)  # channels apart
     assert blur[..., 0].std() < 0.2
 

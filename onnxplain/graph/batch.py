@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxplain.errors import InputError
+from onnxplain.errors import InputError, RuntimeMissingError
 from onnxplain.graph import shapes
 from onnxplain.graph.edit import BATCH
 from onnxplain.graph.emit import Dim, Emitter, const_array, is_float
@@ -62,7 +62,8 @@ def make_dynamic(
     axes = _axes(model.graph, examples_axis)
     if not axes:
         return BatchReport("dynamic", None)
-    fixed = {d for d in (_dims(v)[axis] for v, axis in axes.items()) if isinstance(d, int)}
+    declared = (_dims(v)[axis] for v, axis in axes.items())
+    fixed = {d for d in declared if isinstance(d, int) and d > 0}  # some exporters write -1 or 0
     if len(fixed) > 1:
         sizes = ", ".join(f"'{v.name}' {_dims(v)[axis]}" for v, axis in axes.items())
         return BatchReport("rows", max(fixed), f"inputs have different numbers of rows: {sizes}")
@@ -96,9 +97,7 @@ def _set_dims(value: ir.Value, dims: Sequence[Dim]) -> None:
     value.shape = ir.Shape(dims)
 
 
-def _check_symbolic(
-    model: ir.Model, axes: dict[ir.Value, int], evaluate: Evaluate
-) -> BatchReport:
+def _check_symbolic(model: ir.Model, axes: dict[ir.Value, int], evaluate: Evaluate) -> BatchReport:
     """A declared symbol is believed if it reaches the outputs, else it is put to the proof."""
     original, _ = clone(model)
     symbols = {_dims(v)[axis] for v, axis in axes.items()} - {None}
@@ -118,7 +117,8 @@ def _check_symbolic(
         return BatchReport("dynamic", None)
     declared = model.graph
     model.graph = original.graph
-    report = _rewrite(model, _axes(model.graph, {v.name or "": a for v, a in axes.items()}), 1, evaluate)
+    by_name = {v.name or "": axis for v, axis in axes.items()}
+    report = _rewrite(model, _axes(model.graph, by_name), 1, evaluate)
     if report.mode == "rows" and _runs(original, axes, evaluate):
         model.graph = declared  # outputs of the whole batch: several rows are one evaluation
         return BatchReport("dynamic", None, report.reason)
@@ -153,7 +153,7 @@ def _refine(model: ir.Model, axes: Mapping[ir.Value, int]) -> None:
         if pair[0] is None or pair[1] is None or len(pair[0]) != len(pair[1]):
             continue
         known = _dims(value) if value.shape is not None else []
-        dims = known if len(known) == len(pair[0]) else [None] * len(pair[0])
+        dims: list[Dim] = known if len(known) == len(pair[0]) else [None] * len(pair[0])
         for i, (a, b) in enumerate(zip(*pair, strict=True)):
             if (a, b) == trials:
                 dims[i] = BATCH
@@ -165,6 +165,8 @@ def _refine(model: ir.Model, axes: Mapping[ir.Value, int]) -> None:
 def _trial_shape(value: ir.Value, axis: int | None, rows: int) -> list[int]:
     dims = _dims(value)
     return [rows if i == axis else d if isinstance(d, int) else _FREE for i, d in enumerate(dims)]
+
+
 def _rewrite(
     model: ir.Model, axes: dict[ir.Value, int], fixed: int, evaluate: Evaluate
 ) -> BatchReport:
@@ -181,7 +183,7 @@ def _rewrite(
     return BatchReport("rewritten", fixed)
 
 
-# ---- the rewrite ----------------------------------------------------------------------------------
+# ---- the rewrite ----
 
 
 class _Stuck(Exception):
@@ -216,8 +218,9 @@ class _Rows:
 
 
 _BROADCAST = frozenset(
-    "Add Sub Mul Div Pow Mod Max Min Sum Mean Where PRelu And Or Xor Equal Less LessOrEqual Greater "
-    "GreaterOrEqual BitwiseAnd BitwiseOr BitwiseXor MatMul".split()
+    {"Add", "Sub", "Mul", "Div", "Pow", "Mod", "Max", "Min", "Sum", "Mean", "Where", "PRelu"}
+    | {"And", "Or", "Xor", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "MatMul"}
+    | {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
 )
 _SHAPE_READERS = frozenset({"Shape", "Size"})
 
@@ -277,8 +280,7 @@ class _Unbake:
             source, position = next(iter(self.axes.items()))
             self._count = self.op.Shape(source, start=position, end=position + 1)
         ones = [self.op.const(np.ones(n, np.int64)) for n in (axis, rank - axis - 1)]
-        parts = [ones[0], self._count, ones[1]]
-        repeats = self.op.Concat(*(p for p in parts if p is self._count or p.shape[0]), axis=0)
+        repeats = self.op.Concat(ones[0], self._count, ones[1], axis=0)
         out: ir.Value = self.op.Tile(first, repeats)
         dims = list(self.old[value])
         dims[axis] = _Rows(axis, 1, inner).symbol
@@ -296,7 +298,7 @@ class _Unbake:
         self.old[out] = dims
         return out
 
-    # ---- shapes -----------------------------------------------------------------------------------
+    # ---- shapes ----
 
     def _values(self) -> Iterator[ir.Value]:
         yield from self.graph.inputs
@@ -339,7 +341,8 @@ class _Unbake:
             for v in node.outputs
             if v.name and _is_tensor(v) and (v.shape is None or not v.shape.is_static())
         ]
-        if not unknown or any(v.shape is None or not v.shape.is_static() for v in self.graph.inputs):
+        known = all(v.shape is not None and v.shape.is_static() for v in self.graph.inputs)
+        if not unknown or not known:
             return
         probe, outputs = clone(self.model, unknown)
         probe.graph.outputs[:] = outputs
@@ -347,13 +350,15 @@ class _Unbake:
         axes = {v.name or "": axis for v, axis in self.axes.items()}
         try:
             values = self.evaluate(probe, _random_feeds(self.graph, axes, self.fixed, 0, 1.0))
+        except RuntimeMissingError:
+            raise
         except Exception as e:  # whatever the runtime raises
             raise _Stuck(f"the model can't be run: {str(e).splitlines()[0]}") from e
         for value in unknown:
             _set_dims(value, np.shape(values[value.name or ""]))
 
     def _infer(self, node: ir.Node, found: list[Dim] | None) -> None:
-        """Dimensions of a node's outputs: ``found`` by its fix, else by the standard's inference."""
+        """Dimensions of a node's outputs: ``found`` by its fix, else by standard inference."""
         types = {} if found is not None else self._standard(node)
         for i, value in enumerate(node.outputs):
             if not value.name:
@@ -365,14 +370,15 @@ class _Unbake:
                     self.dims[value] = dims
                 continue
             self.dims[value] = self._fill(dims or [None] * len(old), old)
-        if self.lost is None and node.op_type not in _SHAPE_READERS:
-            if not any(self.rows(v) for v in node.outputs):
-                self.lost = node
+        carries = any(self.rows(v) for v in node.outputs)
+        if self.lost is None and not carries and node.op_type not in _SHAPE_READERS:
+            self.lost = node
 
     def _fill(self, dims: list[Dim], old: list[Dim]) -> list[Dim]:
         """What inference left open: one dimension must have grown with the examples."""
         grown = [
-            i for i, (d, o) in enumerate(zip(dims, old, strict=True))
+            i
+            for i, (d, o) in enumerate(zip(dims, old, strict=True))
             if d is None and isinstance(o, int) and o % self.fixed == 0
         ]
         filled = [o if d is None else d for d, o in zip(dims, old, strict=True)]
@@ -391,22 +397,29 @@ class _Unbake:
                 continue
             dims = self.dims.get(value, self.old.get(value))
             types[value.name or ""] = onnx.helper.make_tensor_type_proto(int(value.dtype), dims)
-            array = const_array(value) if dims is not None and math.prod(
-                d for d in dims if isinstance(d, int)
-            ) <= 64 else None
+            array = (
+                const_array(value)
+                if dims is not None and math.prod(d for d in dims if isinstance(d, int)) <= 64
+                else None
+            )
             if array is not None and value.dtype != ir.DataType.STRING:
                 data[value.name or ""] = ir.to_proto(ir.tensor(array, dtype=value.dtype))
         try:
             schema = onnx.defs.get_schema(node.op_type, self.opset, node.domain)
             found = onnx.shape_inference.infer_node_outputs(
-                schema, ir.to_proto(node), types, data,
+                schema,
+                ir.to_proto(node),
+                types,
+                data,
                 opset_imports=[onnx.helper.make_opsetid("", self.opset)],
             )
         except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, RuntimeError):
             return {}  # another domain, or a guess that went wrong: the proof decides
         return {
-            name: [d.dim_value if d.HasField("dim_value") else d.dim_param or None
-                   for d in t.tensor_type.shape.dim]
+            name: [
+                d.dim_value if d.HasField("dim_value") else d.dim_param or None
+                for d in t.tensor_type.shape.dim
+            ]
             for name, t in found.items()
             if t.tensor_type.HasField("shape")
         }
@@ -430,8 +443,7 @@ def _int(node: ir.Node, name: str, default: int | None = None) -> int | None:
 def _reshape(u: _Unbake, node: ir.Node) -> list[Dim] | None:
     x, target = node.inputs[0], node.inputs[1]
     rows = u.rows(x)
-    assert x is not None and target is not None
-    if rows is None:
+    if x is None or target is None or rows is None:
         return None
     old, new = u.known(x, node), u.known(node.outputs[0], node)
     found = _after_reshape(old, new, rows, u.fixed)
@@ -455,9 +467,7 @@ def _reshape(u: _Unbake, node: ir.Node) -> list[Dim] | None:
     return dims
 
 
-def _after_reshape(
-    old: Sequence[Dim], new: Sequence[Dim], rows: _Rows, fixed: int
-) -> _Rows | None:
+def _after_reshape(old: Sequence[Dim], new: Sequence[Dim], rows: _Rows, fixed: int) -> _Rows | None:
     """Where the examples are after a row-major reshape, or None if they are torn apart.
 
     When the fixed number is 1, several places fit. Preferred is an axis of their own, where it
@@ -556,7 +566,7 @@ _FIXES: dict[str, Callable[[_Unbake, ir.Node], list[Dim] | None]] = {
 }
 
 
-# ---- the proof ------------------------------------------------------------------------------------
+# ---- the proof ----
 
 
 def _disproof(
@@ -566,12 +576,12 @@ def _disproof(
     fixed: int,
     evaluate: Evaluate,
 ) -> str | None:
-    """Why ``candidate`` is not ``original`` for any number of rows; None if nothing speaks for it."""
+    """Why ``candidate`` is not ``original`` for any number of rows; None where it is."""
     by_name = {v.name or "": axis for v, axis in axes.items()}
     why = "the outputs do not depend on the random rows tried"
     for seed, scale in enumerate((1.0, 100.0)):
         feeds = _random_feeds(original.graph, by_name, _GROUPS * fixed, seed, scale)
-        parts = []
+        parts, what = [], "a row of random numbers"
         try:
             for i in range(_GROUPS):
                 rows = np.arange(i * fixed, (i + 1) * fixed)
@@ -579,9 +589,12 @@ def _disproof(
                     k: np.take(a, rows, by_name[k]) if k in by_name else a for k, a in feeds.items()
                 }
                 parts.append(evaluate(original, some))
+            what = "its rows together"
             together = evaluate(candidate, feeds)
-        except Exception as e:  # whatever the runtime raises, it means that this can't be run
-            return f"{_GROUPS * fixed} rows can't be run together: {str(e).splitlines()[0]}"
+        except RuntimeMissingError:
+            raise
+        except Exception as e:  # whatever the runtime raises
+            return f"{what} can't be run: {str(e).splitlines()[0]}"
         differ = False
         for out in candidate.graph.outputs:
             if not (_is_tensor(out) and is_float(out)):
@@ -638,10 +651,10 @@ def _random_feeds(
     for value in graph.inputs:
         name = value.name or ""
         shape = [] if value.shape is None else _trial_shape(value, axes.get(name), rows)
-        if is_float(value):
-            feeds[name] = (scale * rng.random(shape)).astype(value.dtype.numpy())
-            continue
-        bits = rng.integers(0, 2, shape)  # valid as ids, masks and flags alike
-        strings = value.dtype == ir.DataType.STRING
-        feeds[name] = bits.astype(str).astype(object) if strings else bits.astype(value.dtype.numpy())
+        # 0 and 1 are valid as ids, masks and flags alike.
+        array = scale * rng.random(shape) if is_float(value) else 1.0 * rng.integers(0, 2, shape)
+        if value.dtype == ir.DataType.STRING:
+            feeds[name] = array.astype(np.int64).astype(str).astype(object)
+        else:
+            feeds[name] = array.astype((value.dtype or ir.DataType.FLOAT).numpy())
     return feeds

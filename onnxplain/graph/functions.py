@@ -18,6 +18,31 @@ from onnxplain.graph.emit import Emitter, const_array
 _FOLDED_ELEMENTS = 1 << 16
 _RANDOM = ("Random", "Bernoulli", "Multinomial")
 
+# What the standard describes in words: the real operator between dequantizers and a quantizer.
+_QUANTIZED = {
+    "QLinearMatMul": """
+        <opset_import: ["" : 21], domain: "">
+        QLinearMatMul (a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero) => (y) {
+            a_real = DequantizeLinear <axis = -2> (a, a_scale, a_zero)
+            b_real = DequantizeLinear <axis = -1> (b, b_scale, b_zero)
+            y_real = MatMul (a_real, b_real)
+            y = QuantizeLinear (y_real, y_scale, y_zero)
+        }""",
+    "QLinearConv": """
+        <opset_import: ["" : 21], domain: "">
+        QLinearConv <auto_pad, dilations, group, kernel_shape, pads, strides>
+        (x, x_scale, x_zero, w, w_scale, w_zero, y_scale, y_zero, bias) => (y) {
+            x_real = DequantizeLinear (x, x_scale, x_zero)
+            w_real = DequantizeLinear <axis = 0> (w, w_scale, w_zero)
+            bias_scale = Mul (x_scale, w_scale)
+            bias_real = DequantizeLinear <axis = 0> (bias, bias_scale)
+            y_real = Conv <auto_pad: string = @auto_pad, dilations: ints = @dilations,
+                group: int = @group, kernel_shape: ints = @kernel_shape, pads: ints = @pads,
+                strides: ints = @strides> (x_real, w_real, bias_real)
+            y = QuantizeLinear (y_real, y_scale, y_zero)
+        }""",
+}
+
 
 def expand(graph: ir.Graph, node: ir.Node) -> bool:
     """Put a node's function body in its place; False when the standard defines none.
@@ -130,6 +155,8 @@ def fold(model: ir.Model) -> None:
 
 def _function(schema: Any, node: ir.Node, opset: int) -> onnx.FunctionProto | None:
     """The newest function body that ``opset`` may use."""
+    if not node.domain and node.op_type in _QUANTIZED:
+        return onnx.parser.parse_function(_QUANTIZED[node.op_type])
     versions = [v for v in schema.all_function_opset_versions if v <= opset]
     if not versions:
         return None
@@ -155,6 +182,9 @@ def _resolve(
     """Nodes with attribute references replaced and names of absent inputs emptied."""
     resolved = []
     for node in nodes:
+        if node.input and node.input[0] in absent:  # computes something absent from it
+            absent.update(node.output)
+            continue
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         copy.input[:] = ["" if name in absent else name for name in node.input]

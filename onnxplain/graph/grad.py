@@ -4,19 +4,34 @@ The walk knows no operator. It finds the nodes between ``of`` and ``wrt``, visit
 asks the injected rules for cotangents, and alone handles zeros, absent gradients, accumulation over
 fan-out, un-broadcasting, dtypes and arity. What it emits are standard operators that have rules
 themselves, so its result can be differentiated again.
+
+Integers between a quantizer and a dequantizer stand for real numbers: the gradient runs through
+them, as float32 in steps of the integer, and rules see them as float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import LayerError, NoRuleError, NotDifferentiableError
 from onnxplain.graph import functions, shapes
-from onnxplain.graph.emit import Call, Emitter, is_float
+from onnxplain.graph.emit import Call, Emitter, const_array, is_float
 from onnxplain.rules import Rule, Rules
 from onnxplain.rules.vjp import NO_DERIVATIVE, VJP
+
+
+# What quantized integers, and sums of their products, are stored in.
+QUANTIZED = frozenset(
+    ir.DataType[name]
+    for name in (
+        "INT2 INT4 INT8 INT16 INT32 UINT2 UINT4 UINT8 UINT16 "
+        "FLOAT4E2M1 FLOAT8E4M3FN FLOAT8E4M3FNUZ FLOAT8E5M2 FLOAT8E5M2FNUZ"
+    ).split()
+    if name in ir.DataType.__members__
+)
 
 
 def backward(
@@ -55,13 +70,19 @@ def backward(
             continue
         rule = rules.find(node)
         assert rule is not None  # _expand_functions refused otherwise
+        sources, results = active.ends[node]
+        call = Call(node, opset, [v in active.values and v in sources for v in node.inputs])
+        if any(v.dtype in QUANTIZED for v in (*sources, *results)):
+            # int32 may also be an index.
+            views = {v: _real(op, v) for v in (*reads(node), *node.outputs)
+                     if v in active.values or v.dtype != ir.DataType.INT32}
+            call.x = [views.get(v, v) for v in node.inputs]  # type: ignore[arg-type, misc]
+            call.y = [views.get(v, v) for v in node.outputs]
         gs = [
-            _total(op, cotangents, out) if out in cotangents else op.full_like(out, 0.0)
-            for out in node.outputs
-            if out.name and is_float(out)
+            _total(op, cotangents, out) if out in cotangents else op.full_like(y, 0.0)
+            for out, y in zip(node.outputs, call.y, strict=True)
+            if out in results
         ]
-        wanted = [v in active.values for v in node.inputs]
-        call = Call(node, opset, wanted)
         for i, g in _apply(op, rule, call, gs):
             value = call.x[i]
             if rule.broadcasts:
@@ -70,7 +91,7 @@ def backward(
                 g.type = value.type
             if g.shape is None:
                 g.shape = value.shape
-            cotangents.setdefault(value, []).append(g)
+            cotangents.setdefault(node.inputs[i], []).append(op.cast_like(g, value))  # type: ignore[arg-type]
     return [_total(op, cotangents, value) for value in wrt]
 
 
@@ -160,27 +181,53 @@ def reads(node: ir.Node) -> Iterable[ir.Value]:
 
 
 class _Active:
-    """Nodes and values through which a differentiable path from ``wrt`` to ``of`` runs."""
+    """Nodes and values through which a differentiable path from ``wrt`` to ``of`` runs.
 
-    def __init__(self, graph: ir.Graph, of: Sequence[ir.Value], wrt: Sequence[ir.Value]) -> None:
+    ``ends`` holds, for each of these nodes, the inputs and outputs that can carry a gradient.
+    """
+
+    def __init__(
+        self, graph: ir.Graph, of: Sequence[ir.Value], wrt: Sequence[ir.Value], rules: Rules
+    ) -> None:
         reached: set[ir.Value] = set(wrt)
-        candidates: list[ir.Node] = []
+        self.ends: dict[ir.Node, tuple[list[ir.Value], list[ir.Value]]] = {}
         for node in graph:
             if (node.domain, node.op_type) in NO_DERIVATIVE:
                 continue
-            if any(v in reached for v in reads(node)):
-                outs = [v for v in node.outputs if is_float(v)]
+            rule = rules.find(node)
+            quantizes = rule is not None and rule.quantizes
+            sources = list(reads(node))[: 1 if quantizes else None]
+            if any(v in reached for v in sources):
+                integers = quantizes or any(v in reached and not is_float(v) for v in sources)
+                outs = [
+                    v
+                    for v in node.outputs[: 1 if quantizes else None]
+                    if v.name and (is_float(v) or (integers and v.dtype in QUANTIZED))
+                ]
                 if outs:
                     reached.update(outs)
-                    candidates.append(node)
+                    self.ends[node] = sources, outs
         needed: set[ir.Value] = set(of)
         self.nodes: list[ir.Node] = []
-        for node in reversed(candidates):
-            if any(v in needed for v in node.outputs):
-                needed.update(v for v in reads(node) if v in reached)
+        for node in reversed(self.ends):
+            sources, outs = self.ends[node]
+            if any(v in needed for v in outs):
+                needed.update(v for v in sources if v in reached)
                 self.nodes.append(node)
         self.nodes.reverse()
         self.values = needed & reached
+
+
+def _real(op: Emitter, value: ir.Value) -> ir.Value:
+    """An integer that may stand for a real number as float32; anything else as it is."""
+    if value.dtype not in QUANTIZED:
+        return value
+    constant = const_array(value)
+    if constant is not None:
+        return op.const(constant.astype(np.float32))
+    real = op.Cast(value, to=ir.DataType.FLOAT)
+    real.shape = value.shape
+    return real
 
 
 def _expand_functions(
@@ -188,7 +235,7 @@ def _expand_functions(
 ) -> _Active:
     """Replace active operators that have no rule by their function bodies, until all have one."""
     while True:
-        active = _Active(graph, of, wrt)
+        active = _Active(graph, of, wrt, rules)
         missing = [n for n in active.nodes if rules.find(n) is None]
         if not missing:
             return active

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from onnxplain.errors import ExternalDataError, ModelError, UnsupportedModelError
 
@@ -77,7 +77,7 @@ def _parse(data: bytes, what: str) -> onnx.ModelProto:
     if not data:
         raise ModelError(f"{what} is empty; export or download the model again")
     try:
-        proto = onnx.ModelProto.FromString(data)
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
     except DecodeError as e:
         raise ModelError(
             f"{what} is not an ONNX model, or is truncated ({len(data)} bytes can't be decoded as "
@@ -261,6 +261,12 @@ def _check_values(model: ir.Model) -> None:
     """Every value read is defined once, and the graph has an output."""
     if not model.graph.outputs:
         raise ModelError("the graph has no outputs; export the model again")
+    domains = {node.domain for node in model.graph.all_nodes()}
+    if "" in domains and not {"", "ai.onnx"} & set(model.opset_imports):
+        raise ModelError(
+            "the model does not say which opset its operators are of; the file is truncated or "
+            "malformed, export or download it again"
+        )
     for function in model.functions.values():
         _check_scope(function.graph, set())
     _check_scope(model.graph, set())
@@ -276,10 +282,10 @@ def _check_scope(graph: ir.Graph, outer: set[ir.Value]) -> None:
         names.add(value.name or "")
     inside = outer | set(values)
     reads = [(f"node '{n.name or n.op_type}'", v) for n in graph for v in n.inputs]
-    for reader, value in [*reads, *(("the output", v) for v in graph.outputs)]:
-        if value is not None and value not in inside:
+    for reader, read in [*reads, *(("the output", v) for v in graph.outputs)]:
+        if read is not None and read not in inside:
             raise ModelError(
-                f"{reader} reads the value '{value.name}', which nothing computes; the file is "
+                f"{reader} reads the value '{read.name}', which nothing computes; the file is "
                 "truncated or malformed, export or download it again"
             )
     for node in graph:

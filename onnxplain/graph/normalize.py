@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes import PassError
 from onnx_ir.passes.common import (
@@ -30,17 +29,15 @@ Evaluate = Callable[[ir.Model, dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 _LARGE = 1 << 20  # bytes; constants beyond it are folded only if that does not grow the model
 
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 _RANDOM = frozenset(
-    "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial Bernoulli".split()
+    {"Bernoulli", "Multinomial"}
+    | {f"Random{kind}{like}" for kind in ("Normal", "Uniform") for like in ("", "Like")}
 )
 # Folding these would turn quantized weights into float ones.
-_QUANTIZATION = frozenset("QuantizeLinear DequantizeLinear DynamicQuantizeLinear".split())
-_NUMPY = frozenset(
-    {
-        ir.DataType[name]
-        for name in "BOOL INT8 INT16 INT32 INT64 UINT8 UINT16 UINT32 UINT64 FLOAT16 FLOAT DOUBLE".split()
-    }
-)
+_QUANTIZATION = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
+# What runtimes hand over as plain numpy arrays.
+_NUMPY = frozenset(ir.DataType.from_numpy(np.dtype(code)) for code in "?bhiqBHIQefd")
 
 
 @dataclass(frozen=True)
@@ -77,26 +74,15 @@ def normalize(model: ir.Model, evaluate: Evaluate) -> Normalized:
     _unique_names(model)
     removed = _drop_copies(model)
     prune(model)
-    _infer(model)
+    shapes.infer(model)
     fold_constants(model, evaluate)
-    _infer(model)
+    shapes.infer(model)
     present = value_index(model.graph)
     aliases = {old: value.name for old, value in removed.items()} | calls
     return Normalized(
         model,
-        {
-            old: new
-            for old, new in aliases.items()
-            if old and old not in present and new in present
-        },
+        {old: new for old, new in aliases.items() if old and old not in present and new in present},
     )
-
-
-def _infer(model: ir.Model) -> None:
-    try:
-        shapes.infer(model)
-    except onnx.shape_inference.InferenceError as e:
-        raise ModelError(f"the model's types or shapes contradict each other: {e}") from e
 
 
 def _sort(model: ir.Model) -> None:
@@ -234,7 +220,7 @@ def _foldable(node: ir.Node, constant: set[ir.Value]) -> bool:
         node.domain != ""
         or node.op_type in _RANDOM | _QUANTIZATION
         or not all(v in constant for v in inputs)
-        or any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+        or any(a.type in _GRAPHS for a in node.attributes.values())
         or any(v.dtype not in _NUMPY for v in node.outputs if v.name)
     ):
         return False
@@ -278,69 +264,65 @@ def fold_batchnorm(model: ir.Model, keep: set[str]) -> None:
     prune(model)
 
 
-# The axis of the weight that counts output channels.
-_CHANNEL_AXIS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1}
+_LINEAR = ("Conv", "ConvTranspose", "Gemm")
 
 
 def _fold_batchnorm(graph: ir.Graph, node: ir.Node, keep: set[str]) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    before = x.producer() if x is not None else None
-    if x is None or before is None or before.domain or before.op_type not in _CHANNEL_AXIS:
+    linear = x.producer() if x is not None else None
+    if x is None or linear is None or linear.domain or linear.op_type not in _LINEAR:
         return
-    if len(x.uses()) != 1 or x.is_graph_output() or x.name in keep:
+    if len(x.uses()) != 1 or x.is_graph_output() or x.name in keep or linear.graph is not graph:
         return
-    training = node.attributes.get("training_mode")
-    if (training and training.as_int()) or before.graph is not graph:
+    if _attr(node, "training_mode", 0):
         return
     statistics = [const_array(v) for v in node.inputs[1:5]]
-    old_weight = before.inputs[1]
-    weight = const_array(old_weight)
-    bias_in = before.inputs[2] if len(before.inputs) > 2 else None
-    bias = np.zeros(()) if bias_in is None else const_array(bias_in)
+    weight = const_array(linear.inputs[1])
+    biased = len(linear.inputs) > 2 and linear.inputs[2] is not None
+    bias = const_array(linear.inputs[2]) if biased else np.zeros(1)
     if weight is None or bias is None or any(s is None for s in statistics):
         return
+    if bias.ndim == 2 and bias.shape[0] != 1:
+        return  # Gemm with a bias for every row
     scale, shift, mean, var = (np.asarray(s, np.float64) for s in statistics)
-    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
-    factor = scale / np.sqrt(var + epsilon)
-    attrs = before.attributes
-    beta = 1.0
-    if before.op_type == "Gemm":
-        alpha = attrs["alpha"].as_float() if "alpha" in attrs else 1.0
-        beta = attrs["beta"].as_float() if "beta" in attrs else 1.0
-        transposed = "transB" in attrs and attrs["transB"].as_int()
-        by_channel = factor[:, None] if transposed else factor
-        if bias.ndim == 2 and bias.shape[0] != 1:
-            return  # a bias for every row can't be told from one for every example
-        folded = np.asarray(weight, np.float64) * by_channel
-        if beta == 0 or alpha == 0:
-            return
-    else:
-        folded = _scale_channels(np.asarray(weight, np.float64), factor, before)
-    new_bias = (np.asarray(bias, np.float64).reshape(-1) * beta - mean) * factor + shift
-    for index, array in ((1, folded), (2, new_bias / beta)):
-        old = before.inputs[index] if len(before.inputs) > index else None
-        stem = (old.name if old is not None else None) or f"{before.name}.bias"
-        value = _weight(graph, f"{stem}.folded", array.astype(weight.dtype))
-        if len(before.inputs) <= index:
-            before.resize_inputs(index + 1)
-        before.replace_input_with(index, value)
-    name, before_output = y.name, before.outputs[0]
-    y.name = None
-    before_output.shape, before_output.type = y.shape, y.type
-    ir.convenience.replace_all_uses_with(y, before_output, replace_graph_outputs=True)
+    factor = scale / np.sqrt(var + _attr(node, "epsilon", 1e-5))
+    beta = _attr(linear, "beta", 1.0)
+    folded = {
+        1: _scale_channels(np.asarray(weight, np.float64), factor, linear),
+        2: (np.asarray(bias, np.float64).reshape(-1) * beta - mean) * factor + shift,
+    }
+    linear.resize_inputs(3)
+    for index, array in folded.items():
+        old = linear.inputs[index]
+        stem = f"{old.name if old is not None else f'{linear.name}.bias'}.folded"
+        linear.replace_input_with(index, _weight(graph, stem, array.astype(weight.dtype)))
+    if linear.op_type == "Gemm":
+        linear.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
+    name = y.name
+    x.shape, x.type = y.shape, y.type
+    ir.convenience.replace_all_uses_with(y, x, replace_graph_outputs=True)
     graph.remove(node, safe=True)
-    before_output.name = name
+    x.name = name
 
 
-def _scale_channels(weight: np.ndarray, factor: np.ndarray, conv: ir.Node) -> np.ndarray:
-    """Multiply a (transposed) convolution's kernel by one factor for each output channel."""
+def _attr(node: ir.Node, name: str, default: float) -> float:
+    attr = node.attributes.get(name)
+    return default if attr is None else float(attr.value)
+
+
+def _scale_channels(weight: np.ndarray, factor: np.ndarray, node: ir.Node) -> np.ndarray:
+    """Multiply a weight by one factor for each output channel of its operator."""
     ones = (1,) * (weight.ndim - 2)
-    if conv.op_type == "Conv":
-        return weight * factor.reshape(-1, 1, *ones)
-    # [in, out / groups, ...]: the inputs of one group lead to the group's outputs.
-    groups = conv.attributes["group"].as_int() if "group" in conv.attributes else 1
-    grouped = weight.reshape(groups, -1, *weight.shape[1:])
-    return (grouped * factor.reshape(groups, 1, -1, *ones)).reshape(weight.shape)
+    if node.op_type == "Conv" or _attr(node, "transB", 0):
+        weight = weight * factor.reshape(-1, 1, *ones)
+    elif node.op_type == "Gemm":
+        weight = weight * factor
+    else:
+        # [in, out / groups, ...]: the inputs of one group lead to the group's outputs.
+        groups = int(_attr(node, "group", 1))
+        grouped = weight.reshape(groups, -1, *weight.shape[1:])
+        weight = (grouped * factor.reshape(groups, 1, -1, *ones)).reshape(weight.shape)
+    return weight
 
 
 def _weight(graph: ir.Graph, stem: str, array: np.ndarray) -> ir.Value:

@@ -24,7 +24,8 @@ OLDEST = 7
 NEWEST = 26
 """The newest opset that onnxruntime loads (1.31 refuses 27 as under development)."""
 
-_LEAST_IR_VERSION = 10  # of opset 21; from 4 on, initializers need not be inputs
+NEWEST_IR = 13
+"""The newest version of the file format that onnxruntime loads (1.31)."""
 
 
 def raise_opset(model: ir.Model, working: int = 21) -> ir.Model:
@@ -41,16 +42,24 @@ def raise_opset(model: ir.Model, working: int = 21) -> ir.Model:
     given = [root.opset_imports[""] for root in roots if "" in root.opset_imports]
     _check_range(given)
     target = max(working, *given) if given else working
-    if any(version < target for version in given):
-        shapes.infer(model)
-        names = {v.name for root in roots for v in _values(root)}
+    old = [
+        (node, root.opset_imports.get("", target))
+        for root in roots
+        for node in root.all_nodes()
+        if node.domain == "" and root.opset_imports.get("", target) < target
+    ]
+    names = {v.name for root in roots for v in _values(root)}
+    for last in (False, True):
+        # Changes that look at shapes come last: inference tells more for later opsets.
+        nodes = [(node, version) for node, version in old if (node.op_type in _SHAPED) == last]
+        if nodes:
+            shapes.infer(model)
+        for node, version in nodes:
+            _raise_node(node, version, target, names)
         for root in roots:
-            for node in list(root.all_nodes()):
-                if node.domain == "":
-                    _raise_node(node, root.opset_imports.get("", target), target, names)
-    for root in roots:
-        root.opset_imports[""] = target
-    model.ir_version = max(model.ir_version, _LEAST_IR_VERSION)
+            root.opset_imports[""] = target
+    least = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", target)])
+    model.ir_version = min(max(model.ir_version, least), NEWEST_IR)
     return model
 
 
@@ -325,6 +334,8 @@ def _refuse(why: str) -> Callable[[_Site], None]:
     return change
 
 
+_SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
+_SHAPED = frozenset({*_SOFTMAXES, "GroupNormalization"})
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 
 # What to do on the way to an opset, by operator and that opset.
@@ -342,7 +353,7 @@ _CHANGES: dict[tuple[str, int], Callable[[_Site], None]] = {
     ("Pad", 11): _pad_11,
     ("Scatter", 11): _scatter_11,
     ("Dropout", 12): _dropout_12,
-    **{(op, 13): _softmax_13 for op in ("Softmax", "LogSoftmax", "Hardmax")},
+    **{(op, 13): _softmax_13 for op in _SOFTMAXES},
     **{(op, 13): _to_input("axes", 1) for op in ("Squeeze", "Unsqueeze", "ReduceSum")},
     ("Split", 13): _to_input("split", 1),
     ("Split", 18): _split_18,

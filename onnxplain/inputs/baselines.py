@@ -53,8 +53,9 @@ def load_baselines(
     if choice == "mean":
         average = x.mean(axis=places, keepdims=True, dtype=np.float64)
         return {name: np.broadcast_to(average, x.shape).astype(x.dtype)}
-    from skimage.filters import gaussian
+    from skimage import filters
 
+    gaussian: Any = filters.gaussian  # scikit-image has no types
     sigma = min(x.shape[axis] for axis in places) / BLUR
     widths = [sigma if axis in places else 0 for axis in range(x.ndim)]
     return {name: gaussian(x, sigma=widths, preserve_range=True).astype(x.dtype)}

@@ -29,8 +29,10 @@ _TURNS: dict[Any, tuple[int, int]] = {
 }
 
 # What decoders raise on files that are damaged or hostile.
-_BROKEN = (OSError, ValueError, SyntaxError, TypeError, EOFError, RuntimeError, IndexError)
-_BROKEN += (KeyError, OverflowError, struct.error, zlib.error)
+_BROKEN: tuple[type[Exception], ...] = (
+    *(OSError, EOFError, ValueError, TypeError, SyntaxError, RuntimeError, IndexError, KeyError),
+    *(OverflowError, struct.error, zlib.error),
+)
 
 
 def _header(path: Path) -> tuple[str, Any]:
@@ -124,10 +126,10 @@ def _resize(values: np.ndarray, setting: Preprocessing) -> np.ndarray:
             raise InputError(f"a picture of {height} x {width} grows to {size[0]} x {size[1]}")
     if size == (height, width):
         return values
+    resize: Any = transform.resize  # scikit-image has no types
+    smooth = setting.order != 0
     return np.asarray(
-        transform.resize(
-            values, size, order=setting.order, anti_aliasing=setting.order != 0, preserve_range=True
-        )
+        resize(values, size, order=setting.order, anti_aliasing=smooth, preserve_range=True)
     )
 
 

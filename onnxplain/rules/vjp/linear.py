@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ def conv(op: Emitter, n: Call, g: Any) -> Any:
     x, w = n.x[:2]
     at, group = window(op, n, dims(w)[2:]), n.attr("group")
     return (
-        lambda: spread(op, g, w, at, x, n.y[0], group),
+        lambda: spread(op, g, w, at, x, group),
         lambda: _kernel_grad(op, x, g, at, w, group),
         lambda: _channel_sum(op, g, n.y[0]),
     )
@@ -187,36 +187,45 @@ def _kernel_grad(
 
 @rule("Einsum")
 def einsum(op: Emitter, n: Call, g: Any) -> Any:
+    """Each operand's cotangent is an Einsum of ``g`` and the other operands."""
     terms, result = _explicit(n)
-    return [functools.partial(_operand_grad, op, n, g, terms, result, i) for i in range(len(n.x))]
+
+    def grad(i: int) -> ir.Value:
+        x = n.x[i]
+        operands = [g, *n.x[:i], *n.x[i + 1 :]]
+        factors = [result, *terms[:i], *terms[i + 1 :]]
+        present, unused = set("".join(factors)), _unused(terms)
+        target, sizes = "", list(dims(x))
+        for axis, letter in enumerate(terms[i]):
+            if letter in target:  # a diagonal: nothing beside it
+                other = next(unused)
+                operands.append(_identity(op, op.dim(x, axis), g))
+                factors.append(letter + other)
+                letter = other
+            elif letter not in present:  # summed over in this operand alone
+                operands.append(op.Expand(op.const(1, g.dtype), op.dim(x, axis)))
+                factors.append(letter)
+            else:
+                sizes[axis] = _common(
+                    dims(v)[t.index(letter)]
+                    for t, v in zip(terms, n.x, strict=True)
+                    if letter in t
+                )
+            target += letter
+        out = op.Einsum(*operands, equation=f"{','.join(factors)}->{target}")
+        out.shape = ir.Shape(sizes)
+        return op.unbroadcast(out, out, x)
+
+    return [functools.partial(grad, i) for i in range(len(n.x))]
 
 
-def _operand_grad(
-    op: Emitter, n: Call, g: ir.Value, terms: Sequence[str], result: str, i: int
-) -> ir.Value:
-    """The cotangent times every other operand, summed over what operand ``i`` does not have."""
-    x = n.x[i]
-    operands = [g, *n.x[:i], *n.x[i + 1 :]]
-    factors = [result, *terms[:i], *terms[i + 1 :]]
-    present = set("".join(factors))
-    unused = _unused(terms)
-    target = ""
-    for axis, letter in enumerate(terms[i]):
-        if letter in target:  # a diagonal: nothing beside it
-            other = next(unused)
-            operands.append(_identity(op, op.dim(x, axis), g))
-            factors.append(letter + other)
-            letter = other
-        elif letter not in present:  # summed over in this operand alone
-            operands.append(op.Expand(op.const(1, g.dtype), op.dim(x, axis)))
-            factors.append(letter)
-        target += letter
-    out = op.Einsum(*operands, equation=f"{','.join(factors)}->{target}")
-    sizes: dict[str, Dim] = {}
-    for term, value in zip(terms, n.x, strict=True):
-        sizes |= {c: d for c, d in zip(term, dims(value), strict=True) if sizes.get(c, 1) == 1}
-    out.shape = ir.Shape([sizes[c] for c in terms[i]])
-    return op.unbroadcast(out, out, x)
+def _common(sizes: Iterable[Dim]) -> Dim:
+    """The size to which sizes broadcast, as far as it is known."""
+    wide = {s for s in sizes if s != 1}
+    fixed = [s for s in wide if isinstance(s, int)]
+    if fixed or len(wide) < 2:
+        return next(iter(fixed or wide), 1)
+    return None
 
 
 def _identity(op: Emitter, size: ir.Value, like: ir.Value) -> ir.Value:

@@ -22,12 +22,14 @@ def max_pool(op: Emitter, n: Call, g: Any) -> Any:
     # Indices count over the whole tensor; the first of equal maxima is chosen.
     names = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
     _, chosen = op.MaxPool(x, _outputs=2, **n.attrs(*names))
+    wide = ir.DataType.DOUBLE if x.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
     size = op.Reshape(op.Size(x), [1])
-    zeros = op.ConstantOfShape(size, value=ir.tensor(np.zeros(1, x.dtype.numpy())))
-    flat = op.ScatterElements(
-        zeros, op.Reshape(chosen, [-1]), op.Reshape(g, [-1]), axis=0, reduction="add"
-    )
-    return op.reshape_like(flat, x)
+    zeros = op.ConstantOfShape(size, value=ir.tensor(np.zeros(1, wide.numpy())))
+    flat = op.Reshape(g, [-1])
+    if g.dtype != wide:  # onnxruntime adds up in no half precision
+        flat = op.Cast(flat, to=wide)
+    flat = op.ScatterElements(zeros, op.Reshape(chosen, [-1]), flat, axis=0, reduction="add")
+    return op.reshape_like(op.cast_like(flat, x), x)
 
 
 @rule("AveragePool")
@@ -52,7 +54,7 @@ def global_average_pool(op: Emitter, n: Call, g: Any) -> Any:
     x = n.x[0]
     sizes = known(dims(x)[2:])
     if sizes is not None:
-        return op.expand_like(op.Mul(g, 1 / max(math.prod(sizes), 1)), x)
+        return op.expand_like(op.Mul(g, 1 / math.prod(sizes)), x)
     count = op.cast_like(op.ReduceProd(op.Shape(x, start=2), keepdims=0), x)
     return op.expand_like(op.Div(g, count), x)
 
@@ -70,16 +72,15 @@ def global_max_pool(op: Emitter, n: Call, g: Any) -> Any:
 
 def _spread_evenly(op: Emitter, n: Call, g: ir.Value) -> ir.Value:
     """Every value of ``g`` [like y] added to each position of its window."""
-    x, y, kernel = n.x[0], n.y[0], n.attr("kernel_shape")
+    x, kernel = n.x[0], n.attr("kernel_shape")
     at, channels = window(op, n, kernel), dims(x)[1]
     if isinstance(channels, int):
         ones = op.const(np.ones((channels, 1, *kernel)), x.dtype)
-        return spread(op, g, ones, at, x, y, group=channels)
+        return spread(op, g, ones, at, x, group=channels)
     # Channels as examples of one channel.
-    each_x, each_y = (_channels_apart(op, v, v) for v in (x, y))
-    each_g = _channels_apart(op, g, y)
+    each = [_channels_apart(op, *pair) for pair in ((g, n.y[0]), (x, x))]
     ones = op.const(np.ones((1, 1, *kernel)), x.dtype)
-    return op.reshape_like(spread(op, each_g, ones, at, each_x, each_y, group=1), x)
+    return op.reshape_like(spread(op, each[0], ones, at, each[1], group=1), x)
 
 
 def _channels_apart(op: Emitter, value: ir.Value, like: ir.Value) -> ir.Value:

@@ -21,6 +21,7 @@ class Window:
     ``extents`` are the positions that the dilated kernel spans, None where its size is unknown.
     ``begin`` and ``end`` are the padding in front of and behind each axis: integers, or computed
     int64 vectors where ``auto_pad`` makes them depend on a size that is only known at run time.
+    ``ceil``: a last window may stick out.
     """
 
     strides: Sizes
@@ -28,28 +29,33 @@ class Window:
     extents: Sizes | None
     begin: Sizes | ir.Value
     end: Sizes | ir.Value
+    ceil: bool = False
 
     @property
     def dense(self) -> bool:
         """Whether the window moves by single steps."""
         return all(s == 1 for s in self.strides)
 
-    def tail(self, x: ir.Value, y: ir.Value) -> Sizes | None:
+    def tail(self, x: ir.Value) -> Sizes | None:
         """The padding with which the last window just ends, negative where it ends before ``x``
         does; None where that depends on unknown sizes."""
         if isinstance(self.begin, ir.Value) or isinstance(self.end, ir.Value):
             return None
         if self.dense:
             return self.end
-        inside, outside = known(dims(x)[2:]), known(dims(y)[2:])
-        if inside is None or outside is None or self.extents is None:
+        sizes = known(dims(x)[2:])
+        if sizes is None or self.extents is None:
             return None
-        return tuple(
-            s * (o - 1) + e - b - i
-            for i, o, s, e, b in zip(
-                inside, outside, self.strides, self.extents, self.begin, strict=True
-            )
-        )
+        tail = []
+        for n, s, e, b, p in zip(
+            sizes, self.strides, self.extents, self.begin, self.end, strict=True
+        ):
+            room = n + b + p - e
+            steps = -(-room // s) if self.ceil else room // s
+            if steps * s >= n + b:  # a window that would start behind the input is none
+                steps -= self.ceil
+            tail.append(steps * s + e - b - n)
+        return tuple(tail)
 
 
 def known(sizes: Sequence[Dim]) -> Sizes | None:
@@ -61,7 +67,7 @@ def window(op: Emitter, n: Call, kernel: Sequence[Dim]) -> Window:
     """The geometry of a Conv or pooling node whose kernel has these spatial sizes."""
     strides, dilations, extents = sliding(n, kernel)
     begin, end = _pads(op, n, strides, extents)
-    return Window(strides, dilations, extents, begin, end)
+    return Window(strides, dilations, extents, begin, end, bool(n.attr("ceil_mode")))
 
 
 def sliding(n: Call, kernel: Sequence[Dim]) -> tuple[Sizes, Sizes, Sizes | None]:
@@ -85,10 +91,10 @@ def extents_of(n: Call, extents: Sizes | None) -> Sizes:
 
 
 def spread(
-    op: Emitter, g: ir.Value, w: ir.Value, at: Window, x: ir.Value, y: ir.Value, group: int
+    op: Emitter, g: ir.Value, w: ir.Value, at: Window, x: ir.Value, group: int
 ) -> ir.Value:
     """The adjoint of ``y = Conv(x, w)`` in ``x``: every value of ``g`` goes back to its window."""
-    tail = at.tail(x, y)
+    tail = at.tail(x)
     slide = {"group": group, "strides": at.strides, "dilations": at.dilations}
     if tail is None:
         # What lies behind the last window is unknown: make too much and cut.
