@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from bench.tasks import captum_ig, onnxplain_ig
 NETWORKS = ("resnet18", "mobilenetv3_large_100", "vit_tiny_patch16_224")
 TARGET = 3
 MEGA = 1e6
+# Along 50 steps every example meets kinks; Captum's own float32 and float64 differ by 1.3e-3.
+IG_TOLERANCE = 5e-3
 
 
 @dataclass(frozen=True)
@@ -202,10 +203,10 @@ def integrated_gradients(images: int, report: Report, scale: Scale) -> None:
     attributions = run()
 
     modules = {"captum": networks.torch_module(torch_file)}
-    if find_spec("onnx2torch") is None:
-        report.skip(f"{prefix}/onnx2torch+captum", "needs onnx2torch: pip install onnx2torch")
-    else:
+    try:
         modules["onnx2torch+captum"] = networks.converted_module(onnx_file)
+    except Skip as reason:
+        report.skip(f"{prefix}/onnx2torch+captum", str(reason))
     contenders = {"onnxplain": run}
     sizes: dict[str, int | None] = {"onnxplain": None}
     searched: dict[str, dict[str, float]] = {}
@@ -214,7 +215,7 @@ def integrated_gradients(images: int, report: Report, scale: Scale) -> None:
             size: captum_ig(module, x, TARGET, scale.n_steps, size)
             for size in scale.internal_batch_sizes
         }
-        agree(f"{prefix}/{tool}", attributions, calls[min(calls)]())
+        agree(f"{prefix}/{tool}", attributions, calls[min(calls)](), IG_TOLERANCE)
         found = {size: min(seconds(call) for _ in range(2)) for size, call in calls.items()}
         sizes[tool] = best = min(found, key=found.__getitem__)
         contenders[tool] = calls[best]
@@ -226,7 +227,7 @@ def integrated_gradients(images: int, report: Report, scale: Scale) -> None:
         for tool, size in sizes.items()
     }
     for tool, (_, got) in memory.items():
-        agree(f"{prefix}/{tool}/memory", attributions, got)
+        agree(f"{prefix}/{tool}/memory", attributions, got, IG_TOLERANCE)
     for tool in modules:
         baseline = f"{tool}, internal_batch_size={sizes[tool]}"
         report.figure(

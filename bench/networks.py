@@ -37,7 +37,7 @@ def require(*modules: str) -> None:
     """Skip what needs a package that is not installed."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise Skip(f"needs {', '.join(missing)}: pip install 'onnxplain[oracle]'")
+        raise Skip(f"needs {', '.join(missing)}: pip install 'onnxplain[oracle]' onnx2torch")
 
 
 @functools.cache
@@ -82,6 +82,7 @@ def torch_module(file: Path) -> nn.Module:
 
 def converted_module(file: Path) -> nn.Module:
     """An ONNX file as a torch module by onnx2torch, its parameters frozen as those of others."""
+    require("onnx2torch")
     import torch
 
     from tests.oracle import nets
@@ -90,7 +91,10 @@ def converted_module(file: Path) -> nn.Module:
     import onnx2torch
 
     torch.set_num_threads(THREADS)
-    return onnx2torch.convert(str(file)).eval().requires_grad_(False)
+    try:
+        return onnx2torch.convert(str(file)).eval().requires_grad_(False)
+    except NotImplementedError as error:
+        raise Skip(f"onnx2torch can't convert {file.name}: {error}") from error
 
 
 def _session_options() -> onnxruntime.SessionOptions | None:

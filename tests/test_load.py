@@ -60,32 +60,44 @@ def test_every_form_of_a_source(form, tmp_path) -> None:
 
 @pytest.mark.parametrize("make", [lambda p: p, ir.serde.deserialize_model], ids=["proto", "ir"])
 def test_the_source_is_not_changed(make) -> None:
-    original = proto()
-    before = original.SerializeToString()
-    source = make(original)
+    source = make(proto())
+    before = serialized(source)
     model = load(source)
     for value in list(model.graph.initializers.values()):
         value.name = f"{value.name}.renamed"
     next(iter(model.graph)).name = "other"
     model.graph.outputs[0].shape = ir.Shape([7])
-    assert original.SerializeToString() == before
-    if isinstance(source, ir.Model):
-        assert ir.to_proto(source).SerializeToString() == before
+    assert serialized(source) == before
+
+
+def serialized(model: onnx.ModelProto | ir.Model) -> bytes:
+    return (ir.to_proto(model) if isinstance(model, ir.Model) else model).SerializeToString()
 
 
 def test_tensors_in_typed_fields() -> None:
-    model = onnx.parser.parse_model(
-        """<ir_version: 10, opset_import: ["" : 21]> g () => (float[2] a, float16[2] b, int64[1] c,
-        string[1] d, bool[2] e) <float[2] a = {1.5, 2}, float16[2] b = {0.5, 1}, int64[1] c = {-7},
-        string[1] d = {"t"}, bool[2] e = {1, 0}> { }"""
-    )
-    loaded = load(model)
-    expected = {v.name: onnx.numpy_helper.to_array(v) for v in model.graph.initializer}
-    for name in "abce":
-        found = loaded.graph.initializers[name].const_value.numpy()
-        assert found.dtype == expected[name].dtype
-        np.testing.assert_array_equal(found, expected[name])
-    assert loaded.graph.initializers["d"].const_value.numpy().tolist() == [b"t"]
+    t = onnx.TensorProto
+    values = {
+        t.FLOAT: [1.5, 2],
+        t.FLOAT16: [0.5, 1],
+        t.BFLOAT16: [1, 2],
+        t.DOUBLE: [0.1, 3],
+        t.INT64: [-7, 1],
+        t.UINT32: [7, 1],
+        t.INT8: [-7, 1],
+        t.BOOL: [1, 0],
+        t.INT4: [-7, 1],
+        t.UINT4: [7, 1],
+        t.COMPLEX64: [1 + 2j, 0],
+        t.STRING: [b"a", b"b"],
+    }
+    model = proto()
+    for dtype, numbers in values.items():
+        model.graph.initializer.append(onnx.helper.make_tensor(f"t{dtype}", dtype, [2], numbers))
+    loaded = load(model).graph.initializers
+    for tensor in model.graph.initializer:
+        found, expected = loaded[tensor.name].const_value, onnx.numpy_helper.to_array(tensor)
+        assert found.dtype == tensor.data_type
+        assert found.numpy().tolist() == expected.astype(found.numpy().dtype).tolist()
 
 
 def test_unknown_operators_do_not_fail_the_load() -> None:
@@ -147,7 +159,7 @@ def test_other_types() -> None:
         (lambda g: g.ClearField("output"), "no outputs"),
         (lambda g: g.initializer.pop(), "reads the value 'b'"),
         (lambda g: setattr(g.output[0], "name", "z"), "the output reads the value 'z'"),
-        (lambda g: g.node[0].output.__setitem__(0, "y"), "two values are named 'y'"),
+        (lambda g: g.node[0].output.__setitem__(0, "y"), "(?i)malformed.*y"),
         (lambda g: g.initializer[0].dims.__setitem__(0, -4), "negative dimension"),
         (lambda g: setattr(g.initializer[0], "data_type", 99), "unknown data type 99"),
         (lambda g: setattr(g.initializer[0], "data_type", 0), "data type"),

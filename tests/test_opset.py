@@ -18,7 +18,9 @@ X = "float[2,3,4,4] x"
 
 
 def model(opset: int, body: str, inputs: str = X, weights=None, output="float[]") -> ir.Model:
-    text = f'<ir_version: 7, opset_import: ["" : {opset}]> g ({inputs}) => ({output} y) {{ {body} }}'
+    text = (
+        f'<ir_version: 7, opset_import: ["" : {opset}]> g ({inputs}) => ({output} y) {{ {body} }}'
+    )
     proto = onnx.parser.parse_model(text)
     for name, array in (weights or {}).items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
@@ -33,9 +35,7 @@ def i64(numbers) -> np.ndarray:
     return np.asarray(numbers, np.int64)
 
 
-STATISTICS = {
-    "s": f32(1, 2, 3), "b": f32(0.5, -1, 2), "m": f32(0.1, 0, -0.3), "v": f32(1, 2, 0.5)
-}
+STATISTICS = {"s": f32(1, 2, 3), "b": f32(0.5, -1, 2), "m": f32(0.1, 0, -0.3), "v": f32(1, 2, 0.5)}
 BOXES = {"rois": f32([0, 0, 3, 3], [1, 1, 2, 3]), "at": i64([0, 1])}
 
 ROWS = [
@@ -53,8 +53,12 @@ ROWS = [
         X,
         {"r": f32(), "s": f32(1, 1, 1.75, 2)},
     ),
-    (11, 'y = Resize <mode="linear"> (x, r, s, z)', X,
-     {"r": f32(), "s": f32(), "z": i64([2, 3, 7, 2])}),
+    (
+        11,
+        'y = Resize <mode="linear"> (x, r, s, z)',
+        X,
+        {"r": f32(), "s": f32(), "z": i64([2, 3, 7, 2])},
+    ),
     (7, "y = BatchNormalization <spatial=1> (x, s, b, m, v)", X, STATISTICS),
     (8, "y = BatchNormalization <epsilon=0.01> (x, s, b, m, v)", X, STATISTICS),
     (9, "y = BatchNormalization (x, s, b, m, v)", X, STATISTICS),
@@ -78,8 +82,12 @@ ROWS = [
     (9, "y = Slice <starts=[0, 1], ends=[1, 9]> (x)", X, {}),
     (9, "y, i = TopK <k=2, axis=2> (x)", X, {}),
     (10, "y, i = TopK (x, k)", X, {"k": i64([2])}),
-    (10, "y = Scatter <axis=1> (x, i, u)", "float[2,3] x",
-     {"i": i64([[2, 0]]), "u": f32(9, 8)[None]}),
+    (
+        10,
+        "y = Scatter <axis=1> (x, i, u)",
+        "float[2,3] x",
+        {"i": i64([[2, 0]]), "u": f32(9, 8)[None]},
+    ),
     (12, "a = Unsqueeze <axes=[0, 3]> (x) y = Squeeze <axes=[3]> (a)", X, {}),
     (12, "a = Unsqueeze <axes=[0]> (x) y = Squeeze (a)", X, {}),
     (11, "a, b = Split <axis=2> (x) y = Sub (a, b)", X, {}),
@@ -92,8 +100,12 @@ ROWS = [
         for op in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
     ],
     (17, "y = ReduceMean <keepdims=0> (x)", X, {}),
-    (18, "y = GroupNormalization <num_groups=2> (x, s, b)", "float[2,6,4] x",
-     {"s": f32(1, 3), "b": f32(0.5, -1)}),
+    (
+        18,
+        "y = GroupNormalization <num_groups=2> (x, s, b)",
+        "float[2,6,4] x",
+        {"s": f32(1, 3), "b": f32(0.5, -1)},
+    ),
     (16, 'y = GridSample <mode="bilinear"> (x, g)', X + ", float[2,2,2,2] g", {}),
     (16, 'y = GridSample <mode="bicubic"> (x, g)', X + ", float[2,2,2,2] g", {}),
     (16, "y = GridSample (x, g)", X + ", float[2,2,2,2] g", {}),
@@ -178,9 +190,7 @@ def test_names_metadata_and_other_domains_stay() -> None:
     after = raise_opset(load(before))
     y = next(v for v in after.graph.outputs if v.name == "y")
     assert y.producer().name == "/head/Softmax"
-    assert all(
-        n.metadata_props.get("scope") == "head" for n in after.graph if n.op_type != "Gelu"
-    )
+    assert all(n.metadata_props.get("scope") == "head" for n in after.graph if n.op_type != "Gelu")
     names = [n.name for n in after.graph if n.name]
     assert len(names) == len(set(names))
     feeds = random_feeds(after)
@@ -199,8 +209,11 @@ def test_later_opsets_stay() -> None:
         (9, "y = ImageScaler <scale=2.0> (x)", "ImageScaler"),
         (9, 'y = Resize <mode="nearest"> (x, s)', "Resize"),
         (10, 'y = Resize <mode="nearest"> (x, s)', "enlarges one axis and shrinks another"),
-        (13, "y, m2, v2 = BatchNormalization <training_mode=1> (x, s, b, m, v) z = Relu (m2)",
-         "training"),
+        (
+            13,
+            "y, m2, v2 = BatchNormalization <training_mode=1> (x, s, b, m, v) z = Relu (m2)",
+            "training",
+        ),
     ],
 )
 def test_what_cannot_be_raised_is_named(opset, body, says) -> None:

@@ -126,7 +126,7 @@ def _check_symbolic(model: ir.Model, axes: dict[ir.Value, int], evaluate: Evalua
 
 
 def _is_tensor(value: ir.Value) -> bool:
-    return isinstance(value.type, ir.TensorType)
+    return value.type is None or isinstance(value.type, ir.TensorType)
 
 
 def _refine(model: ir.Model, axes: Mapping[ir.Value, int]) -> None:
@@ -269,24 +269,27 @@ class _Unbake:
             raise _Stuck(f"the shape of '{value.name}' at node '{node.name}' is unknown")
         return self.old[value]
 
-    def repeat(self, value: ir.Value, rows: _Rows) -> ir.Value:
+    def repeat(self, value: ir.Value, rows: _Rows, node: ir.Node) -> ir.Value:
         """A value that is equal for all examples, once for each of them."""
         axis, inner = rows.axis, rows.inner
         if rows.outer != 1:
             raise _Stuck(f"constant '{value.name}' would have to be repeated within an axis")
-        rank = len(self.old[value])
-        first = self.first(value, rows)
         if self._count is None:
             source, position = next(iter(self.axes.items()))
             self._count = self.op.Shape(source, start=position, end=position + 1)
-        ones = [self.op.const(np.ones(n, np.int64)) for n in (axis, rank - axis - 1)]
-        repeats = self.op.Concat(ones[0], self._count, ones[1], axis=0)
-        out: ir.Value = self.op.Tile(first, repeats)
-        dims = list(self.old[value])
-        dims[axis] = _Rows(axis, 1, inner).symbol
-        self.dims[out] = dims
-        self.old[out] = self.old[value]
-        return out
+        sizes, out = list(self.known(value, node)), self.first(value, rows)
+        if inner > 1:
+            out = self.op.Unsqueeze(out, [axis])
+        ones = [np.ones(n, np.int64) for n in (axis, len(sizes) - axis - (inner == 1))]
+        before, after = ([self.op.const(part)] if part.size else [] for part in ones)
+        out = self.op.Expand(out, self.op.Concat(*before, self._count, *after, axis=0))
+        if inner > 1:
+            if not all(isinstance(d, int) for d in sizes):
+                raise _Stuck(f"the shape of '{value.name}' at node '{node.name}' is not fixed")
+            out = self.op.Reshape(out, [*sizes[:axis], -1, *sizes[axis + 1 :]])
+        sizes[axis] = rows.symbol
+        self.dims[out], self.old[out] = sizes, self.old[value]
+        return out  # type: ignore[no-any-return]
 
     def first(self, value: ir.Value, rows: _Rows) -> ir.Value:
         """The part of a constant that belongs to the first example."""
@@ -355,7 +358,10 @@ class _Unbake:
         except Exception as e:  # whatever the runtime raises
             raise _Stuck(f"the model can't be run: {str(e).splitlines()[0]}") from e
         for value in unknown:
-            _set_dims(value, np.shape(values[value.name or ""]))
+            array = values[value.name or ""]
+            _set_dims(value, np.shape(array))
+            if value.type is None:
+                value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
 
     def _infer(self, node: ir.Node, found: list[Dim] | None) -> None:
         """Dimensions of a node's outputs: ``found`` by its fix, else by standard inference."""
@@ -433,6 +439,12 @@ class _Unbake:
         self._forget()
         shapes.infer(self.model, fresh=True)
         _refine(self.model, self.axes)
+        for value, dims in self.dims.items():  # other domains' operators have no inference
+            found = _dims(value) if value.shape is not None else [None] * len(dims)
+            told = [d if isinstance(d, int) or d == BATCH else None for d in dims]
+            if len(found) == len(told):
+                merged = zip(found, told, strict=True)
+                _set_dims(value, [a if isinstance(a, int) or b is None else b for a, b in merged])
 
 
 def _int(node: ir.Node, name: str, default: int | None = None) -> int | None:
@@ -528,7 +540,7 @@ def _concat(u: _Unbake, node: ir.Node) -> None:
         raise _Stuck(f"node '{node.name}' (Concat) joins rows of examples with other rows")
     for i, value in enumerate(node.inputs):
         if value is not None and u.rows(value) is None:
-            node.replace_input_with(i, u.repeat(value, rows))
+            node.replace_input_with(i, u.repeat(value, rows, node))
 
 
 def _broadcast(u: _Unbake, node: ir.Node) -> None:
@@ -546,7 +558,9 @@ def _broadcast(u: _Unbake, node: ir.Node) -> None:
         if axis < 0 or old[axis] == 1 or rank < from_end:
             continue
         place = _Rows(axis, rows.outer, rows.inner)
-        node.replace_input_with(i, u.first(value, place) if rows.plain else u.repeat(value, place))
+        node.replace_input_with(
+            i, u.first(value, place) if rows.plain else u.repeat(value, place, node)
+        )
 
 
 def _recurrent(u: _Unbake, node: ir.Node) -> None:
@@ -554,7 +568,7 @@ def _recurrent(u: _Unbake, node: ir.Node) -> None:
     for i, axis in ((4, 0), (5, state_axis), (6, state_axis)):
         value = node.inputs[i] if len(node.inputs) > i else None
         if value is not None and u.rows(value) is None:
-            node.replace_input_with(i, u.repeat(value, _Rows(axis)))
+            node.replace_input_with(i, u.repeat(value, _Rows(axis), node))
 
 
 _FIXES: dict[str, Callable[[_Unbake, ir.Node], list[Dim] | None]] = {

@@ -169,11 +169,14 @@ class Emitter:
 
     def vector(self, *parts: int | ir.Value) -> ir.Value:
         """An int64 vector from integers and int64 vectors: a constant where all are known."""
-        values = [p if isinstance(p, ir.Value) else self.const(np.asarray([p], np.int64)) for p in parts]
+        values = [
+            p if isinstance(p, ir.Value) else self.const(np.asarray([p], np.int64)) for p in parts
+        ]
         known = [a for v in values if (a := const_array(v)) is not None]
         if len(known) == len(values):
             return self.const(np.concatenate([np.empty(0, np.int64), *known]))
-        return self.Concat(*values, axis=0)
+        joined: ir.Value = self.Concat(*values, axis=0)
+        return joined
 
     def reshape_like(self, g: ir.Value, value: ir.Value) -> ir.Value:
         """``g`` (same number of elements) in the shape of ``value``."""

@@ -156,7 +156,8 @@ def fold(model: ir.Model) -> None:
 def _function(schema: Any, node: ir.Node, opset: int) -> onnx.FunctionProto | None:
     """The newest function body that ``opset`` may use."""
     if not node.domain and node.op_type in _QUANTIZED:
-        return onnx.parser.parse_function(_QUANTIZED[node.op_type])
+        described: onnx.FunctionProto = onnx.parser.parse_function(_QUANTIZED[node.op_type])
+        return described
     versions = [v for v in schema.all_function_opset_versions if v <= opset]
     if not versions:
         return None
@@ -171,7 +172,8 @@ def _function(schema: Any, node: ir.Node, opset: int) -> onnx.FunctionProto | No
             return None
     else:
         text = schema.get_function_with_opset_version(newest)
-    return onnx.FunctionProto.FromString(text)
+    function: onnx.FunctionProto = onnx.FunctionProto.FromString(text)
+    return function
 
 
 def _resolve(
@@ -251,13 +253,13 @@ def _results(node: ir.Node, opset: int) -> list[np.ndarray] | None:
     if node.domain or node.op_type.startswith(_RANDOM):
         return None
     if node.op_type == "Shape" and node.inputs[0] is not None:
-        given = node.inputs[0].shape
-        if given is None:
+        shape = node.inputs[0].shape
+        if shape is None:
             return None
-        start, end = (node.attributes.get_int(k, d) for k, d in (("start", 0), ("end", len(given))))
-        part = list(given.dims)[start:end]
+        start, end = (node.attributes.get_int(k, d) for k, d in (("start", 0), ("end", len(shape))))
+        part = list(shape.dims)[start:end]
         return [np.asarray(part, np.int64)] if all(isinstance(d, int) for d in part) else None
-    if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+    if any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values()):
         return None
     if node.op_type == "CastLike" and node.outputs[0].dtype:
         # Only the dtype of the second input matters.
@@ -283,9 +285,7 @@ def _small(node: ir.Node) -> bool:
         start, limit, delta = (float(np.max(const_array(v))) for v in node.inputs)  # type: ignore[arg-type]
         return abs(limit - start) <= _FOLDED_ELEMENTS * abs(delta)
     known = [out.shape for out in node.outputs if out.name]
-    sizes = [
-        math.prod(shape.numpy()) for shape in known if shape is not None and shape.is_static()
-    ]
+    sizes = [math.prod(shape.numpy()) for shape in known if shape is not None and shape.is_static()]
     return len(sizes) == len(known) and max(sizes) <= _FOLDED_ELEMENTS
 
 

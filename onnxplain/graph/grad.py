@@ -74,8 +74,11 @@ def backward(
         call = Call(node, opset, [v in active.values and v in sources for v in node.inputs])
         if any(v.dtype in QUANTIZED for v in (*sources, *results)):
             # int32 may also be an index.
-            views = {v: _real(op, v) for v in (*reads(node), *node.outputs)
-                     if v in active.values or v.dtype != ir.DataType.INT32}
+            views = {
+                v: _real(op, v)
+                for v in (*reads(node), *node.outputs)
+                if v in active.values or v.dtype != ir.DataType.INT32
+            }
             call.x = [views.get(v, v) for v in node.inputs]  # type: ignore[arg-type, misc]
             call.y = [views.get(v, v) for v in node.outputs]
         gs = [
@@ -118,14 +121,6 @@ def differentiate(
         graph.outputs.append(out)
     prune(model)
     return model
-
-
-def _free(name: str, taken: set[str]) -> str:
-    """A name that is not taken yet; takes it."""
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name
 
 
 def clone(model: ir.Model, values: Sequence[ir.Value] = ()) -> tuple[ir.Model, list[ir.Value]]:
@@ -225,7 +220,7 @@ def _real(op: Emitter, value: ir.Value) -> ir.Value:
     constant = const_array(value)
     if constant is not None:
         return op.const(constant.astype(np.float32))
-    real = op.Cast(value, to=ir.DataType.FLOAT)
+    real: ir.Value = op.Cast(value, to=ir.DataType.FLOAT)
     real.shape = value.shape
     return real
 

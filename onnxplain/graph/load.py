@@ -96,7 +96,10 @@ def _deserialize(proto: onnx.ModelProto, folder: Path | None) -> ir.Model:
     try:
         return ir.serde.deserialize_model(proto)
     except Exception as e:  # the deserializer raises many types for malformed messages
-        raise ModelError(f"the model is malformed: {str(e).splitlines()[0]}") from e
+        cause: BaseException = e
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ModelError(f"the model is malformed: {cause}") from e
 
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

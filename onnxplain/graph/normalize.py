@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import PassError
+from onnx_ir.passes import PreconditionError
 from onnx_ir.passes.common import (
     InlinePass,
     LiftConstantsToInitializersPass,
@@ -58,7 +58,7 @@ def normalize(model: ir.Model, evaluate: Evaluate) -> Normalized:
     """Bring a model of the working opset into normal form, in place.
 
     Raises:
-        ModelError: cyclic graph or functions, types that contradict each other.
+        ModelError: cyclic graph or functions.
         UnsupportedModelError: a function that can't be inlined.
     """
     calls = {
@@ -102,7 +102,7 @@ def _inline(model: ir.Model) -> None:
                 function.outputs[i] = copy.outputs[0]
     try:
         InlinePass()(model)
-    except PassError as e:
+    except PreconditionError as e:
         raise ModelError(f"the model's functions call each other in a circle: {e}") from e
     except ValueError as e:
         raise UnsupportedModelError(f"a function of the model can't be inlined: {e}") from e

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 import onnx
 import onnx_ir as ir
 
-from onnxplain.errors import ModelError
-
 # Constants up to this many elements may be shapes, axes or scales: inference reads their values.
 SMALL = 64
 
@@ -51,18 +49,11 @@ def _declaration(value: ir.Value) -> onnx.ValueInfoProto:
 
 
 def infer(model: ir.Model, *, fresh: bool = False) -> None:
-    """Write the inferred type and shape onto every value; ``fresh`` forgets what was known.
-
-    Raises:
-        ModelError: types or shapes that contradict each other.
-    """
+    """Write the inferred type and shape onto every value; ``fresh`` forgets what was known."""
     proto = skeleton(model)
     if fresh:
         del proto.graph.value_info[:]
-    try:
-        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except onnx.shape_inference.InferenceError as e:
-        raise ModelError(f"types or shapes in the model contradict each other: {e}") from e
+    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     known = {v.name: v for v in inferred.graph.value_info}
     known |= {v.name: v for v in inferred.graph.output}
     for node in model.graph:

@@ -42,20 +42,21 @@ def relative(got: np.ndarray, want: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
 @pytest.mark.parametrize("name", FLOAT_NETS)
 def test_gradient_is_autograds(name: str, exporter: str) -> None:
-    xs = example(name, 3, seed=1)
+    xs = example(name, 5, seed=1)
     want = autograd(build(name), xs, 3)
     model = exported(name, exporter)
     got = ox.Saliency(model).attribute(tuple(x.numpy() for x in xs), target=3, abs=False)
     for g, w in zip(got, want, strict=True):
-        # A ReLU or a maximum within float32's rounding of its kink may flip; it then moves a
-        # whole path, so the bound is on each example's vector, not on each number.
-        assert relative(g, w).max() < 2e-3, relative(g, w)
-        assert np.median(relative(g, w)) < 1e-3
+        # A ReLU or a maximum within float32's rounding of its kink may flip and move one example.
+        assert np.median(relative(g, w)) < 1e-4, relative(g, w)
+        assert relative(g, w).max() < 3e-2, relative(g, w)
 
 
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_large_100",
-                                  "transformer", "small_cnn"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_large_100", "transformer", "small_cnn"],
+)
 def test_a_fixed_batch_is_made_dynamic(name: str, exporter: str) -> None:
     model = exported(name, exporter, dynamic=False)
     assert model.batch_report is not None
@@ -89,12 +90,19 @@ def test_transformer_encoder_by_its_embedding(exporter: str) -> None:
 
 
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
-@pytest.mark.parametrize("name, scope", [
-    ("resnet18", "layer1.1.act2"), ("resnet18", "layer3"), ("small_cnn", "pool1"),
-    ("vit_tiny_patch16_224", "blocks.3.mlp.fc1"), ("vit_tiny_patch16_224", "blocks.5"),
-    ("densenet121", "features.transition2.pool"), ("mlp", "layers.2"),
-    ("transformer", "encoder.layers.0.linear1"),
-])
+@pytest.mark.parametrize(
+    "name, scope",
+    [
+        ("resnet18", "layer1.1.act2"),
+        ("resnet18", "layer3"),
+        ("small_cnn", "pool1"),
+        ("vit_tiny_patch16_224", "blocks.3.mlp.fc1"),
+        ("vit_tiny_patch16_224", "blocks.5"),
+        ("densenet121", "features.transition2.pool"),
+        ("mlp", "layers.2"),
+        ("transformer", "encoder.layers.0.linear1"),
+    ],
+)
 def test_scopes_are_modules(name: str, scope: str, exporter: str) -> None:
     """A scope names the value that leaves the module, as a forward hook sees it."""
     net, xs = build(name), example(name, 2, seed=3)

@@ -23,7 +23,9 @@ CELLS = ints([0, -1], [2, 3], [-1, 0])
 SAME = ints([0, 1], [2, 3], [0, 1])
 
 # onnxruntime's scatter kernels take half precision without a reduction alone.
-DTYPES = {how: ["float32"] for how in ("add", "mul", "max", "min")} | {"none": ["float32", "float16"]}
+DTYPES = {how: ["float32"] for how in ("add", "mul", "max", "min")} | {
+    "none": ["float32", "float16"]
+}
 
 ROWS = [
     Case("Gather", [A, ONE], {"axis": 1}, const=[1], name="scalar"),
@@ -46,31 +48,69 @@ ROWS = [
     Case("GatherElements", [normal((5, 4)), PICKS], {"axis": -2}, symbolic=[0], name="symbolic"),
     Case("GatherND", [A, CELLS]),
     Case("GatherND", [normal((4, 5)), CELLS], symbolic=[0], name="scalars"),
-    Case("GatherND", [A, ints([[1], [1]], [[0], [-1]], [[3], [3]])], {"batch_dims": 1}, name="batch"),
-    Case("GatherND", [A, ints([[[0]], [[-1]], [[2]], [[2]]], *[[[[1]]] * 4] * 2)], {"batch_dims": 2},
-         symbolic=[0], name="batch2"),
+    Case(
+        "GatherND", [A, ints([[1], [1]], [[0], [-1]], [[3], [3]])], {"batch_dims": 1}, name="batch"
+    ),
+    Case(
+        "GatherND",
+        [A, ints([[[0]], [[-1]], [[2]], [[2]]], *[[[[1]]] * 4] * 2)],
+        {"batch_dims": 2},
+        symbolic=[0],
+        name="batch2",
+    ),
     *(
-        Case("ScatterND", [A, SAME if how != "none" else CELLS, normal((3, 5))], {"reduction": how},
-             dtypes=DTYPES[how], name=how)
+        Case(
+            "ScatterND",
+            [A, SAME if how != "none" else CELLS, normal((3, 5))],
+            {"reduction": how},
+            dtypes=DTYPES[how],
+            name=how,
+        )
         for how in ("none", "add", "mul", "max", "min")
     ),
-    Case("ScatterND", [A, SAME, normal((3, 5))], {"reduction": "mul"}, symbolic=[0, 2],
-         dtypes=["float32"], name="symbolic"),
+    Case(
+        "ScatterND",
+        [A, SAME, normal((3, 5))],
+        {"reduction": "mul"},
+        symbolic=[0, 2],
+        dtypes=["float32"],
+        name="symbolic",
+    ),
     *(
-        Case("ScatterElements", [normal((3, 4)), DISTINCT if how == "none" else PICKS, normal((3, 4))],
-             {"reduction": how, "axis": 1},
-             dtypes=DTYPES[how], name=how)
+        Case(
+            "ScatterElements",
+            [normal((3, 4)), DISTINCT if how == "none" else PICKS, normal((3, 4))],
+            {"reduction": how, "axis": 1},
+            dtypes=DTYPES[how],
+            name=how,
+        )
         for how in ("none", "add", "mul", "max", "min")
     ),
-    Case("ScatterElements", [normal((5, 4)), normal((3, 4)).argsort(0) - 3, normal((3, 4))], {"axis": -2},
-         symbolic=[0, 2], name="symbolic"),
+    Case(
+        "ScatterElements",
+        [normal((5, 4)), normal((3, 4)).argsort(0) - 3, normal((3, 4))],
+        {"axis": -2},
+        symbolic=[0, 2],
+        name="symbolic",
+    ),
     Case("Compress", [A, np.asarray([False, True, True])], {"axis": 1}, const=[1]),
     Case("Compress", [A, np.asarray([True, False, True, True])], {"axis": -2}, name="computed"),
     Case("Compress", [A, np.asarray([False, True, False, True])], name="flat"),
-    Case("Compress", [A, np.asarray([False, True, False, True])], const=[1], symbolic=[0],
-         name="flat-symbolic"),
+    Case(
+        "Compress",
+        [A, np.asarray([False, True, False, True])],
+        const=[1],
+        symbolic=[0],
+        name="flat-symbolic",
+    ),
     Case("OneHot", [ints([0, -1], [2, 5]), np.asarray(3), normal(2)], const=[1]),
-    Case("OneHot", [ints([0, -1], [2, 5]), np.asarray(3), normal(2)], {"axis": 0}, const=[1], name="axis0"),
+    Case(
+        "OneHot",
+        [ints([0, -1], [2, 5]), np.asarray(3), normal(2)],
+        {"axis": 0},
+        const=[1],
+        name="axis0",
+    ),
 ]
 
 
@@ -82,7 +122,9 @@ def test_projection(case: Case) -> None:
 def test_indices_narrower_than_data() -> None:
     # The reference evaluator refuses indices that are narrower off the axis.
     check_adjoint(Case("GatherElements", [normal((4, 6)), PICKS], {"axis": 0}, symbolic=[0]))
-    check_adjoint(Case("ScatterElements", [normal((4, 6)), DISTINCT % 4, normal((3, 4))], {"axis": 1}))
+    check_adjoint(
+        Case("ScatterElements", [normal((4, 6)), DISTINCT % 4, normal((3, 4))], {"axis": 1})
+    )
 
 
 def test_kinks_follow_pytorch() -> None:

@@ -137,7 +137,8 @@ def test_dynamic_quantization() -> None:
     w = rng.integers(0, 255, (4, 3)).astype(np.uint8)
     x = rng.standard_normal((2, 4)).astype(np.float32)
     text = f"""g (float[N, 4] x) => (float[N, 3] y)
-        <uint8[4, 3] w = {{{", ".join(map(str, w.ravel()))}}}, uint8 wz = {{128}}, float ws = {{0.01}}> {{
+        <uint8[4, 3] w = {{{", ".join(map(str, w.ravel()))}}},
+         uint8 wz = {{128}}, float ws = {{0.01}}> {{
         q, qs, qz = DynamicQuantizeLinear(x)
         i = MatMulInteger(q, w, qz, wz)
         f = Cast <to = 1> (i)

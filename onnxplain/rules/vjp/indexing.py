@@ -24,7 +24,7 @@ def put(
     positions: Positions,
     axis: int,
     sizes: Sequence[int | ir.Value],
-) -> ir.Value:
+) -> Any:
     """Adjoint of ``Gather(x, positions, axis)`` for an ``x`` of shape ``sizes``.
 
     Repeated positions accumulate. Known positions avoid the scatter: a run is a Pad, distinct ones
@@ -76,19 +76,18 @@ def add_at(op: Emitter, indices: ir.Value, g: ir.Value, shape: ir.Value, **attrs
 
 
 def _in_single(op: Emitter, function: Callable[..., Any], *values: ir.Value) -> Any:
-    """Half precision is reduced in single: that is more exact, and onnxruntime has no half kernel."""
+    """Reduce half precision in single: more exact, and onnxruntime has no half kernel."""
     dtype = values[0].dtype
     if dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
         return function(*values)
     return op.Cast(function(*(op.Cast(v, to=ir.DataType.FLOAT) for v in values)), to=dtype)
 
 
-def arange(op: Emitter, size: int | ir.Value) -> ir.Value:
+def arange(op: Emitter, size: int | ir.Value) -> Any:
     """0, 1, ..., size - 1 as an int64 vector."""
     if isinstance(size, int):
         return op.const(np.arange(size))
-    zero, one = np.int64(0), np.int64(1)
-    return vector_of(op.Range(zero, op.Reshape(size, []), one))
+    return vector_of(op.Range(np.int64(0), op.Reshape(size, []), np.int64(1)))
 
 
 def vector_of(value: ir.Value) -> ir.Value:
@@ -151,8 +150,8 @@ def scatter(op: Emitter, n: Call, g: Any) -> Any:
         # Each factor's cotangent is the product of all others, a factor of zero among them or not.
         gone = [op.cast_like(op.Equal(v, 0.0), v) for v in (data, updates)]
         filled = [op.Add(data, gone[0]), op.Add(updates, gone[1])]
-        product = _in_single(op, lambda *v: place(*v, "mul"), *filled)
-        zeros = _in_single(op, lambda *v: place(*v, "add"), *gone)
+        product = _in_single(op, lambda a, b: place(a, b, "mul"), *filled)
+        zeros = _in_single(op, lambda a, b: place(a, b, "add"), *gone)
 
         def others(product: Any, zeros: Any, k: int) -> Any:
             alone = op.Equal(op.Sub(zeros, gone[k]), 0.0)
@@ -164,7 +163,7 @@ def scatter(op: Emitter, n: Call, g: Any) -> Any:
             lambda: op.Mul(take(g), others(take(product), take(zeros), 1)),
         )
     chosen = [op.cast_like(op.Equal(data, y), g), op.cast_like(op.Equal(updates, take(y)), g)]
-    share = op.Div(g, _in_single(op, lambda *v: place(*v, "add"), *chosen))
+    share = op.Div(g, _in_single(op, lambda a, b: place(a, b, "add"), *chosen))
     return lambda: op.Mul(share, chosen[0]), None, lambda: op.Mul(take(share), chosen[1])
 
 
@@ -187,7 +186,7 @@ def compress(op: Emitter, n: Call, g: Any) -> Any:
 
 @rule("OneHot")
 def one_hot(op: Emitter, n: Call, g: Any) -> Any:
-    indices, depth, values = n.x
+    indices, depth, _ = n.x
     hot = op.OneHot(indices, depth, op.const([0, 1], g.dtype), axis=n.attr("axis"))
     on = op.ReduceSum(op.Mul(g, hot), keepdims=0)
     off = op.ReduceSum(op.Mul(g, op.Sub(1.0, hot)), keepdims=0)

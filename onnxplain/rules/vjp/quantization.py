@@ -26,7 +26,8 @@ def quantize(op: Emitter, n: Call, g: Any) -> Any:
     x = n.x[0]
     scale = op.cast_like(_per_element(op, n, n.x[1]), x)
     stored = n.node.outputs[0].dtype
-    assert stored is not None and x.dtype is not None
+    assert stored is not None
+    assert x.dtype is not None
     low, high = float(stored.min), float(stored.max)
     # Calibrated scales put the extremes of the data on the limits: a few units in the last place
     # must not decide.
@@ -58,7 +59,8 @@ def matmul_integer(op: Emitter, n: Call, g: Any) -> Any:
 
 @rule("ConvInteger")
 def conv_integer(op: Emitter, n: Call, g: Any) -> Any:
-    return linear.conv(op, _centered(op, n), g)[:2]
+    cotangents: Any = linear.conv(op, _centered(op, n), g)
+    return cotangents[:2]
 
 
 def _centered(op: Emitter, n: Call) -> Call:
@@ -76,7 +78,7 @@ def _centered(op: Emitter, n: Call) -> Call:
     return n
 
 
-def _per_element(op: Emitter, n: Call, value: ir.Value) -> ir.Value:
+def _per_element(op: Emitter, n: Call, value: ir.Value) -> Any:
     """A scale or zero point (for the tensor, an axis, or blocks of it) in broadcastable form."""
     x = n.x[0]
     if rank(value) == 0 or rank(x) == 0 or dims(value) == (1,):

@@ -49,9 +49,9 @@ def resize(op: Emitter, n: Call, g: Any) -> Any:
 def _unchanged(n: Call, k: int, axis: int) -> bool:
     """Whether an axis is surely copied as it is."""
     roi, scales = n.const(1), n.const(2)
-    if n.attr("coordinate_transformation_mode") == "tf_crop_and_resize":
-        if roi is None or roi[k] != 0 or roi[len(roi) // 2 + k] != 1:
-            return False
+    crops = n.attr("coordinate_transformation_mode") == "tf_crop_and_resize"
+    if crops and (roi is None or roi[k] != 0 or roi[len(roi) // 2 + k] != 1):
+        return False
     if scales is not None and scales.size:
         return bool(scales[k] == 1)
     before, after = dims(n.x[0])[axis], dims(n.y[0])[axis]
@@ -72,9 +72,7 @@ def _repeats(n: Call, k: int, axis: int) -> int:
     return after // before if known and n.attr("keep_aspect_ratio_policy") == "stretch" else 0  # type: ignore[operator]
 
 
-def _weights(
-    op: Emitter, n: Call, g: ir.Value, axes: list[int], changed: list[int], k: int
-) -> ir.Value:
+def _weights(op: Emitter, n: Call, g: ir.Value, axes: list[int], changed: list[int], k: int) -> Any:
     """The matrix of an axis: input positions by output positions."""
     x = n.x[0]
     size = op.dim(x, axes[k])
@@ -87,14 +85,12 @@ def _weights(
     # Two leading axes and at least two more: onnxruntime takes no fewer for every mode.
     missing = [1] * (2 - len(together))
     inner = [1] * len(together)
-    eye = op.Reshape(
-        eye, op.vector(size, 1, *missing, *inner[:here], size, *inner[here + 1 :])
-    )
+    eye = op.Reshape(eye, op.vector(size, 1, *missing, *inner[:here], size, *inner[here + 1 :]))
     full = [op.dim(x, axes[j]) for j in together]
     basis = op.Expand(eye, op.vector(size, 1, *missing, *full))
     first = 2 + len(missing)
 
-    def part(index: int, *offsets: int) -> ir.Value | None:
+    def part(index: int, *offsets: int) -> Any:
         positions = [offset + j for offset in offsets for j in together]
         if not n.has(index):
             return None
@@ -119,7 +115,7 @@ def _weights(
     return op.cast_like(resized, g)
 
 
-def _along(op: Emitter, g: ir.Value, weights: ir.Value, axis: int, count: int) -> ir.Value:
+def _along(op: Emitter, g: ir.Value, weights: ir.Value, axis: int, count: int) -> Any:
     """Sum ``g`` over ``axis`` against the second axis of ``weights``."""
     if axis == count - 2:
         return op.MatMul(weights, g)

@@ -71,7 +71,8 @@ def slice_(op: Emitter, n: Call, g: Any) -> Any:
         sizes[axis] = size = op.sizes(x)[axis]
         positions: Positions
         if known and isinstance(size, int):
-            assert starts is not None and ends is not None
+            assert starts is not None
+            assert ends is not None
             step = 1 if steps is None else int(steps[k])
             positions = np.arange(size)[_python_slice(int(starts[k]), int(ends[k]), step, size)]
         else:
@@ -136,9 +137,7 @@ def depth_to_space(op: Emitter, n: Call, g: Any) -> Any:
         return back
     # SpaceToDepth puts the block in front of the channels, CRD behind them.
     batch, channels, *space = op.sizes(x)
-    depth = (
-        channels // block**2 if isinstance(channels, int) else op.Div(channels, [block**2])
-    )
+    depth = channels // block**2 if isinstance(channels, int) else op.Div(channels, [block**2])
     apart = op.Reshape(back, op.vector(batch, block**2, depth, *space), allowzero=1)
     return op.reshape_like(op.Transpose(apart, perm=[0, 2, 1, 3, 4]), x)
 
@@ -158,7 +157,7 @@ def reverse_sequence(op: Emitter, n: Call, g: Any) -> Any:
     return op.ReverseSequence(g, n.x[1], **n.attrs("batch_axis", "time_axis"))
 
 
-def _item(op: Emitter, vector: ir.Value, index: int) -> ir.Value:
+def _item(op: Emitter, vector: ir.Value, index: int) -> Any:
     """One element of an integer vector, as a vector."""
     return op.Slice(vector, [index], [index + 1])
 
