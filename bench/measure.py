@@ -151,8 +151,8 @@ def agree(
     Of millions of ReLUs and maxima at 224x224, rounding in float32 puts a few on their other side,
     which moves that example's gradient by up to a few hundredths; PyTorch's own gradients in
     float32 and float64 differ so. A wrong derivative shows in every example. So the best example
-    must agree to `tolerance` and every one to 5e-2. Disagreement otherwise, for another shape, and where
-    there is nothing to compare (zeros, NaN).
+    must agree to `tolerance` and every one to 5e-2. Disagreement otherwise, for another shape, and
+    where there is nothing to compare (zeros, NaN).
     """
     if got.shape != want.shape:
         raise Disagreement(f"{what}: shape {got.shape} instead of {want.shape}")

@@ -312,7 +312,8 @@ def test_symbolic_time_beside_a_fixed_batch() -> None:
 
 
 def test_inputs_that_all_examples_share() -> None:
-    text = "g (float[1,3] x, float[1,3] rate) => (float[1,3] y) { a = Mul (x, rate) y = Reshape (a, s) }"
+    text = """g (float[1,3] x, float[1,3] rate) => (float[1,3] y) {
+        a = Mul (x, rate) y = Reshape (a, s) }"""
     model = normal(text, s=[1, 3])
     report = make_dynamic(model, {"x": 0, "rate": None}, evaluate)
     assert report == BatchReport("rewritten", 1)

@@ -189,11 +189,11 @@ def test_sizes_are_compared_before_anything_is_allocated(field) -> None:
         tensor.float_data.append(1)
     model = proto()
     model.graph.initializer[0].CopyFrom(tensor)
-    with pytest.raises(ModelError, match="'w'.*needs"):
+    with pytest.raises(ModelError, match=r"'w'.*needs"):
         load(model)
     model = proto()
     model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["c"], value=tensor))
-    with pytest.raises(ModelError, match="'w'.*needs"):
+    with pytest.raises(ModelError, match=r"'w'.*needs"):
         load(model)
 
 

@@ -6,7 +6,7 @@ What stays is the computation that depends on the inputs, with unique names ever
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -199,7 +199,7 @@ def fold_constants(model: ir.Model, evaluate: Evaluate) -> None:
     for value in frontier:
         name = value.name or ""
         array = results[name]
-        if array.nbytes > max(_LARGE, _bytes(value, constant)):
+        if array.nbytes > max(_LARGE, _bytes(value)):
             continue
         value.name = None
         weight = ir.Value(
@@ -237,7 +237,7 @@ def _size(value: ir.Value) -> int:
     return math.prod(value.shape.numpy()) * value.dtype.bitwidth // 8
 
 
-def _bytes(value: ir.Value, constant: Iterable[ir.Value]) -> int:
+def _bytes(value: ir.Value) -> int:
     """Bytes of the weights that a constant value is computed from."""
     weights, seen, stack = 0, {value}, [value]
     while stack:
