@@ -62,20 +62,23 @@ def test_gradient_without_kinks(name: str) -> None:
     path = Path(_FILES.name) / f"{name}-smooth.onnx"
     export(net, xs, path)
     got = ox.Saliency(ox.Model(path)).attribute(xs[0].numpy(), target=3, abs=False)
-    (want,) = autograd(net, xs, 3)
-    assert relative(got, want).max() < 1e-5
+    x = xs[0].requires_grad_()
+    net(x)[:, 3].sum().backward()
+    single = x.grad.numpy()
+    (want,) = autograd(net, (xs[0].detach(),), 3)
+    # As close to float64 as PyTorch's own float32 (MobileNet's random weights amplify rounding).
+    own = np.maximum(relative(single, want), 1e-6)
+    assert (relative(got, want) < 4 * own).all(), (relative(got, want), own)
 
 
 def without_kinks(net: torch.nn.Module) -> torch.nn.Module:
     """The network with smooth activations and average pooling."""
     nn = torch.nn
+    smooth = {"relu": nn.Softplus, "hardswish": nn.SiLU, "hardsigmoid": nn.Sigmoid}
     for name, child in net.named_children():
-        if isinstance(child, nn.ReLU):
-            setattr(net, name, nn.Softplus())
-        elif isinstance(child, nn.Hardswish):
-            setattr(net, name, nn.SiLU())
-        elif isinstance(child, nn.Hardsigmoid):
-            setattr(net, name, nn.Sigmoid())
+        kind = type(child).__name__.lower()  # timm has classes of its own for some
+        if kind in smooth:
+            setattr(net, name, smooth[kind]())
         elif isinstance(child, nn.MaxPool2d):
             setattr(net, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
         else:

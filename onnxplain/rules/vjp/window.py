@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import UnsupportedModelError
-from onnxplain.graph.emit import Call, Dim, Emitter, const_array, dims
+from onnxplain.graph.emit import Call, Dim, Emitter, dims
 
 Sizes = tuple[int, ...]
 
@@ -102,9 +104,8 @@ def spread(
         out = op.ConvTranspose(g, w, **slide, output_padding=[s - 1 for s in at.strides])
         start = op.const(np.array(at.begin)) if isinstance(at.begin, tuple) else at.begin
         out = op.Slice(out, start, op.Add(start, op.Shape(x, start=2)), axes)
-    elif const_array(w) is not None and at.dense and min(mirrored := _mirrored(at, tail)) >= 0:
-        flipped = adjoint_kernel(op, w, group)
-        out = op.Conv(g, flipped, group=group, dilations=at.dilations, pads=mirrored)
+    elif (phases := _phases(at, x, w, tail, group)) is not None:
+        out = _by_phases(op, g, w, at, x, phases, group)
     else:
         pads = (*at.begin, *(max(t, 0) for t in tail))  # type: ignore[misc]
         rest = [max(-t, 0) for t in tail]
@@ -113,32 +114,123 @@ def spread(
     return out
 
 
-def adjoint_kernel(op: Emitter, w: ir.Value, group: int) -> ir.Value:
-    """Weights [O, I/group, *k] with inputs and outputs exchanged and every spatial axis flipped.
+@dataclass(frozen=True)
+class _Phase:
+    """Of one axis, the positions that are ``t`` modulo the stride: a convolution of the cotangent
+    with every stride-th tap of the flipped kernel, the last of them first."""
 
-    Written as operators, not as numbers: a runtime folds what it does to constant weights, and
-    the file holds them once.
+    last: int
+    step: int
+    begin: int
+    end: int
+
+
+def _phases(
+    at: Window, x: ir.Value, w: ir.Value, tail: Sizes, group: int
+) -> list[list[_Phase]] | None:
+    """The phases of each axis; None where ConvTranspose does as well or better.
+
+    onnxruntime's plain convolution is the faster kernel, in its blocked layout and in many
+    threads. Not so for the few channels of an image, and where strides leave positions that no
+    window reads, or phases are many.
     """
-    out, inside, *kernel = dims(w)
-    spatial = range(2, 2 + len(kernel))
+    weights, sizes = known(dims(w)), known(dims(x)[2:])
+    assert isinstance(at.begin, tuple)
+    if at.extents is None or (group > 1 and weights is None):
+        return None
+    if not at.dense:
+        channels = dims(x)[1]
+        few = not isinstance(channels, int) or (channels < 16 and channels != group)
+        if sizes is None or few or math.prod(at.strides) > 8:
+            return None
+    axes = []
+    for a, (e, s, d, b, t) in enumerate(
+        zip(at.extents, at.strides, at.dilations, at.begin, tail, strict=True)
+    ):
+        if s == 1:
+            phases = [_Phase((e - 1) // d, 1, e - 1 - b, e - 1 - t)]
+        else:
+            assert sizes is not None
+            windows = (sizes[a] + b + t - e) // s + 1
+            steps = -(-sizes[a] // s)
+            phases = []
+            for position in range(s):
+                ahead, first = divmod(position + b, s)
+                taps = -(-(e - first) // s)
+                phases.append(
+                    _Phase(
+                        first + s * (taps - 1), s, taps - 1 - ahead, steps - windows + ahead
+                    )
+                )
+            if d != 1:
+                return None
+        if any(p.last < 0 or p.begin < 0 or p.end < 0 for p in phases):
+            return None
+        axes.append(phases)
+    return axes
+
+
+def _by_phases(
+    op: Emitter,
+    g: ir.Value,
+    w: ir.Value,
+    at: Window,
+    x: ir.Value,
+    phases: list[list[_Phase]],
+    group: int,
+) -> ir.Value:
+    """One dense convolution for each combination of phases, interleaved."""
+    adjoint = _exchanged(op, w, group)
+    parts: list[ir.Value] = []
+    for each in itertools.product(*phases):
+        kernel = _flipped(op, adjoint, each)
+        pads = [*(p.begin for p in each), *(p.end for p in each)]
+        parts.append(op.Conv(g, kernel, group=group, dilations=at.dilations, pads=pads))
+    if len(parts) == 1:
+        return parts[0]
+    channels, *sizes = (int(d) for d in dims(x)[1:])  # type: ignore[arg-type]
+    steps = [-(-n // s) for n, s in zip(sizes, at.strides, strict=True)]
+    for axis in reversed(range(len(sizes))):
+        s = at.strides[axis]
+        if s > 1:
+            ahead = [0, channels, *steps[: axis + 1]]
+            behind = [k * q for k, q in zip(steps[axis + 1 :], at.strides[axis + 1 :])]
+            parts = [op.Reshape(p, [*ahead, 1, *behind]) for p in parts]
+            parts = [
+                op.Concat(*parts[i : i + s], axis=3 + axis) for i in range(0, len(parts), s)
+            ]
+            merged = [*ahead[:-1], steps[axis] * s, *behind]
+            parts = [op.Reshape(p, merged) for p in parts]
+    if all(n == k * s for n, k, s in zip(sizes, steps, at.strides, strict=True)):
+        return parts[0]
+    return op.Slice(parts[0], [0] * len(sizes), sizes, list(range(2, 2 + len(sizes))))
+
+
+def _exchanged(op: Emitter, w: ir.Value, group: int) -> ir.Value:
+    """Weights [O, I/group, *k] with inputs and outputs exchanged: [I, O/group, *k].
+
+    Written as operators, as the flip is: a runtime folds what is done to constant weights, and the
+    file holds them once.
+    """
+    spatial = range(2, len(dims(w)))
     if group == 1:
-        w = op.Transpose(w, perm=[1, 0, *spatial])
-    elif not out == group == group * inside:
-        w = op.Reshape(w, [group, out // group, inside, *kernel])
-        w = op.Transpose(w, perm=[0, 2, 1, *(a + 1 for a in spatial)])
-        w = op.Reshape(w, [group * inside, out // group, *kernel])
-    axes = [a for a, k in zip(spatial, kernel, strict=True) if k != 1]
-    if axes:
-        back = [-1] * len(axes)
-        w = op.Slice(w, back, [np.iinfo(np.int64).min] * len(axes), axes, back)
-    w.shape = ir.Shape((group * inside, out // group, *kernel))
-    return w
+        return op.Transpose(w, perm=[1, 0, *spatial])
+    out, inside, *kernel = dims(w)
+    if out == group == group * inside:  # type: ignore[operator]
+        return w
+    w = op.Reshape(w, [group, out // group, inside, *kernel])  # type: ignore[operator,list-item]
+    w = op.Transpose(w, perm=[0, 2, 1, *(a + 1 for a in spatial)])
+    return op.Reshape(w, [group * inside, out // group, *kernel])  # type: ignore[operator,list-item]
 
 
-def _mirrored(at: Window, tail: Sizes) -> list[int]:
-    """Padding of the convolution with the flipped kernel that is the adjoint of a dense window."""
-    assert isinstance(at.begin, tuple) and at.extents is not None
-    return [e - 1 - p for side in (at.begin, tail) for e, p in zip(at.extents, side, strict=True)]
+def _flipped(op: Emitter, w: ir.Value, phases: Sequence[_Phase]) -> ir.Value:
+    """The taps of a phase, backwards."""
+    cut = [(a, p) for a, p in enumerate(phases, 2) if p.last > 0 or p.step > 1]
+    if not cut:
+        return w
+    starts, steps = [p.last for _, p in cut], [-p.step for _, p in cut]
+    stops = [np.iinfo(np.int64).min] * len(cut)
+    return op.Slice(w, starts, stops, [a for a, _ in cut], steps)
 
 
 def _pads(
