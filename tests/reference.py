@@ -229,6 +229,24 @@ class GatherElements(OpRun):
         return (np.take_along_axis(data[inside], indices, axis),)
 
 
+class Pad(OpRun):
+    """The original can't crop by negative padding."""
+
+    def _run(self, data, pads, constant_value=None, axes=None, mode=None):
+        count = data.ndim if axes is None else len(axes)
+        ends = [(0, 0)] * data.ndim
+        for k, axis in enumerate(range(data.ndim) if axes is None else axes):
+            ends[axis] = (int(pads[k]), int(pads[count + k]))
+        widths = [(max(low, 0), max(high, 0)) for low, high in ends]
+        fill = {} if constant_value is None else {"constant_values": constant_value.item()}
+        if mode != "constant":
+            data = np.pad(data, widths, mode)
+        else:
+            data = np.pad(data, widths, **fill)
+        crop = [slice(max(-low, 0), n - max(-high, 0)) for (low, high), n in zip(ends, data.shape)]
+        return (data[tuple(crop)],)
+
+
 class Flatten(OpRun):
     """The original can't flatten empty tensors."""
 
@@ -239,6 +257,7 @@ class Flatten(OpRun):
 
 CORRECTED = [
     Flatten,
+    Pad,
     GatherElements,
     GlobalMaxPool,
     GlobalAveragePool,

@@ -83,6 +83,11 @@ CONV = [
         (((2, 3, 5, 6), (4, 3, 1, 1)), {"auto_pad": "SAME_UPPER", "strides": [3, 2]}),
         (((2, 3, 5, 6), (4, 3, 3, 2)), {"auto_pad": "VALID", "strides": [1, 2]}),
         (((0, 3, 5, 6), (4, 3, 3, 2)), {"wrt": (0,)}),
+        # Enough channels for one convolution for each phase of the strides.
+        (((1, 16, 6, 6), (2, 16, 3, 3)), {"strides": [2, 2], "pads": [1, 1, 1, 1]}),
+        (((1, 16, 7, 5), (2, 16, 3, 2)), {"strides": [2, 1], "pads": [1, 1, 1, 0]}),
+        (((1, 32, 7, 5), (4, 16, 4, 3)), {"strides": [2, 3], "group": 2}),
+        (((1, 16, 3, 4, 5), (2, 16, 2, 2, 3)), {"strides": [2, 2, 2], "pads": [0, 0, 1, 1, 0, 1]}),
     ]
     for options in (options, options | {"symbolic": (0,)}, options | {"const": (1,), "wrt": (0,)})
 ]

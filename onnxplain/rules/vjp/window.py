@@ -188,22 +188,46 @@ def _by_phases(
         parts.append(op.Conv(g, kernel, group=group, dilations=at.dilations, pads=pads))
     if len(parts) == 1:
         return parts[0]
-    channels, *sizes = (int(d) for d in dims(x)[1:])  # type: ignore[arg-type]
-    steps = [-(-n // s) for n, s in zip(sizes, at.strides, strict=True)]
-    for axis in reversed(range(len(sizes))):
-        s = at.strides[axis]
-        if s > 1:
-            ahead = [0, channels, *steps[: axis + 1]]
-            behind = [k * q for k, q in zip(steps[axis + 1 :], at.strides[axis + 1 :])]
-            parts = [op.Reshape(p, [*ahead, 1, *behind]) for p in parts]
-            parts = [
-                op.Concat(*parts[i : i + s], axis=3 + axis) for i in range(0, len(parts), s)
-            ]
-            merged = [*ahead[:-1], steps[axis] * s, *behind]
-            parts = [op.Reshape(p, merged) for p in parts]
-    if all(n == k * s for n, k, s in zip(sizes, steps, at.strides, strict=True)):
+    sizes: list[int] = list(dims(x)[1:])  # type: ignore[arg-type]
+    for axis in reversed(range(1, len(sizes))):
+        s = at.strides[axis - 1]
+        shape = [-(-n // p) for n, p in zip(sizes, (1, *at.strides), strict=True)]
+        shape[axis:] = [shape[axis], *sizes[axis + 1 :]]
+        parts = [
+            interleave(op, parts[i : i + s], axis, shape, sizes[axis])
+            for i in range(0, len(parts), s)
+        ]
+    return parts[0]
+
+
+def phases_of(
+    op: Emitter, x: ir.Value, axis: int, sizes: Sequence[int], s: int, fill: float
+) -> list[ir.Value]:
+    """Every s-th position of an axis of ``x`` [N, *sizes], from each start, filled up to equal
+    sizes. Axes count without N."""
+    if s == 1:
+        return [x]
+    steps = -(-sizes[axis] // s)
+    ahead, behind = [0, *sizes[:axis], steps], sizes[axis + 1 :]
+    if missing := steps * s - sizes[axis]:
+        x = op.Pad(x, [0, missing], fill, [axis + 1])
+    x = op.Reshape(x, [*ahead, s, *behind])
+    parts = op.Split(x, axis=axis + 2, num_outputs=s, _outputs=s)
+    return [op.Reshape(p, [*ahead, *behind]) for p in parts]
+
+
+def interleave(
+    op: Emitter, parts: Sequence[ir.Value], axis: int, sizes: Sequence[int], size: int
+) -> ir.Value:
+    """The inverse: parts [N, *sizes] put together along an axis that gets ``size`` positions."""
+    s = len(parts)
+    if s == 1:
         return parts[0]
-    return op.Slice(parts[0], [0] * len(sizes), sizes, list(range(2, 2 + len(sizes))))
+    ahead, behind = [0, *sizes[: axis + 1]], sizes[axis + 1 :]
+    apart = [op.Reshape(p, [*ahead, 1, *behind]) for p in parts]
+    whole = sizes[axis] * s
+    out = op.Reshape(op.Concat(*apart, axis=axis + 2), [*ahead[:-1], whole, *behind])
+    return out if whole == size else op.Slice(out, [0], [size], [axis + 1])
 
 
 def _exchanged(op: Emitter, w: ir.Value, group: int) -> ir.Value:
