@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import UnsupportedModelError
-from onnxplain.graph.emit import Emitter, dims, rank
+from onnxplain.graph.emit import Emitter, dims, is_float, rank
 from onnxplain.graph.grad import reads
+from onnxplain.rules.affine import is_affine
 
 BATCH = "examples"
 """The symbol of the examples axis in every normalized model."""
@@ -140,6 +141,46 @@ def _with_trailing(op: Emitter, lead: Sequence[ir.Value], like: ir.Value) -> ir.
     else:
         tail = op.Shape(like, start=1)
     return op.Concat(*lead, tail, axis=0)
+
+
+def affine_frontier(
+    graph: ir.Graph, sources: Sequence[ir.Value], of: ir.Value
+) -> list[ir.Value]:
+    """Where the affine part behind ``sources`` ends on the way to ``of``.
+
+    Every path from a source to ``of`` passes exactly one of these values, each is an affine
+    function of the sources, and each has one row per example.
+    """
+    needed = set(upstream(graph, [of]))
+    behind = [n for n in downstream(graph, sources) if n in needed]
+    depends = set(sources) | {v for n in behind for v in n.outputs}
+    fed = {v for n in downstream(graph, graph.inputs) for v in n.outputs} | set(graph.inputs)
+    cut: set[ir.Value] = set()  # values of whose consumers one is not affine
+    while True:
+        affine = set(sources)
+        found: dict[ir.Value, None] = {}
+        for node in behind:
+            varying = [i for i, v in enumerate(node.inputs) if v in depends]
+            given = {v for v in reads(node) if v in depends and is_float(v)}
+            if (
+                is_affine(node, varying)
+                and given <= affine
+                and not given & cut
+                and not any(v in fed and v not in depends for v in reads(node))
+                and all(_has_rows(v) for v in node.outputs)
+            ):
+                affine.update(node.outputs)
+            else:
+                found.update((v, None) for v in node.inputs if v in given and v in affine)
+        if of in affine:
+            found[of] = None
+        if found.keys() <= cut:
+            return list(found)
+        cut.update(found)
+
+
+def _has_rows(value: ir.Value) -> bool:
+    return is_float(value) and value.shape is not None and dims(value)[:1] == (BATCH,)
 
 
 class Rows:

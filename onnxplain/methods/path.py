@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import InputError, OutOfMemoryError
-from onnxplain.graph.edit import Rows, merge_rows, new_input, split_rows, twin
+from onnxplain.graph.edit import Rows, affine_frontier, merge_rows, new_input, split_rows, twin
 from onnxplain.graph.emit import Emitter, dims, rank
 from onnxplain.graph.grad import backward, prune
 from onnxplain.methods import target as targets
@@ -353,15 +353,25 @@ class IntegratedGradients(Attribution):
                 op.Unsqueeze(_widen(op, seed), [1]), _along_steps(op, weights, rank(of))
             )
             seeds = merge_rows(op, op.cast_like(scaled, of), of)
-        points = [point.rows for point in path]
-        grads = backward(op, {of: seeds}, points, opset=self.model.opset)
-        graph.outputs.clear()
-        for i, (point, grad) in enumerate(zip(path, grads, strict=True)):
-            value = point.value
-            steps = _widen(op, split_rows(op, grad, point.times, value))
+        # Sums over the steps commute with what is affine, so the last part of the way back, often
+        # a whole convolution, is gone once an example instead of once a step.
+        rows = {point.rows: point.value for point in path}
+        frontier = affine_frontier(graph, list(rows), of)
+        totals = []
+        for value, grad in zip(
+            frontier, backward(op, {of: seeds}, frontier, opset=self.model.opset), strict=True
+        ):
+            steps = _widen(op, split_rows(op, grad, path[0].times, value))
             if question.at_once:
                 steps = op.Mul(steps, _along_steps(op, op.cast_like(weights, steps), rank(value)))
-            total = op.ReduceSum(steps, [1], keepdims=0)
+            totals.append(op.cast_like(op.ReduceSum(steps, [1], keepdims=0), value))
+        ends = twin(op, frontier, rows)
+        grads = backward(
+            op, dict(zip(ends, totals, strict=True)), list(rows.values()), opset=self.model.opset
+        )
+        graph.outputs.clear()
+        for i, (point, grad) in enumerate(zip(path, grads, strict=True)):
+            total = _widen(op, grad)
             emit_attribution(
                 op, op.Mul(total, point.delta) if self.multiplies_by_inputs else total, i
             )

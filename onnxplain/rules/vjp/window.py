@@ -15,6 +15,9 @@ from onnxplain.graph.emit import Call, Dim, Emitter, dims
 
 Sizes = tuple[int, ...]
 
+_BLOCK = 16
+"""Channels that a convolution kernel computes at once."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -131,8 +134,7 @@ def _phases(
     """The phases of each axis; None where ConvTranspose does as well or better.
 
     onnxruntime's plain convolution is the faster kernel, in its blocked layout and in many
-    threads. Not so for the few channels of an image, and where strides leave positions that no
-    window reads, or phases are many.
+    threads. Not so where strides leave positions that no window reads, or phases are many.
     """
     weights, sizes = known(dims(w)), known(dims(x)[2:])
     assert isinstance(at.begin, tuple)
@@ -140,8 +142,8 @@ def _phases(
         return None
     if not at.dense:
         channels = dims(x)[1]
-        few = not isinstance(channels, int) or (channels < 16 and channels != group)
-        if sizes is None or few or math.prod(at.strides) > 8:
+        narrow = not isinstance(channels, int) or (channels < _BLOCK and 1 < group < channels)
+        if sizes is None or narrow or math.prod(at.strides) > 8:
             return None
     axes = []
     for a, (e, s, d, b, t) in enumerate(
@@ -181,14 +183,27 @@ def _by_phases(
 ) -> ir.Value:
     """One dense convolution for each combination of phases, interleaved."""
     adjoint = _exchanged(op, w, group)
-    parts: list[ir.Value] = []
-    for each in itertools.product(*phases):
-        kernel = _flipped(op, adjoint, each)
-        pads = [*(p.begin for p in each), *(p.end for p in each)]
-        parts.append(op.Conv(g, kernel, group=group, dilations=at.dilations, pads=pads))
-    if len(parts) == 1:
-        return parts[0]
+    each = list(itertools.product(*phases))
+    kernels = [_flipped(op, adjoint, p) for p in each]
+    pads = [[*(a.begin for a in p), *(a.end for a in p)] for p in each]
+    if len(each) == 1:
+        return op.Conv(g, kernels[0], group=group, dilations=at.dilations, pads=pads[0])
     sizes: list[int] = list(dims(x)[1:])  # type: ignore[arg-type]
+    if group == 1 and sizes[0] < _BLOCK:
+        # Few channels waste the kernel's width: all phases at once, filled up to equal pads.
+        wide = np.max(pads, axis=0)
+        axes = list(range(2, 1 + len(sizes)))
+        filled = [
+            op.Pad(k, wide - p, None, axes) if any(wide != p) else k
+            for k, p in zip(kernels, pads, strict=True)
+        ]
+        whole = op.Conv(g, op.Concat(*filled, axis=0), dilations=at.dilations, pads=wide.tolist())
+        parts = op.Split(whole, axis=1, num_outputs=len(each), _outputs=len(each))
+    else:
+        parts = [
+            op.Conv(g, k, group=group, dilations=at.dilations, pads=p)
+            for k, p in zip(kernels, pads, strict=True)
+        ]
     for axis in reversed(range(1, len(sizes))):
         s = at.strides[axis - 1]
         shape = [-(-n // p) for n, p in zip(sizes, (1, *at.strides), strict=True)]
