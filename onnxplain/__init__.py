@@ -1,5 +1,6 @@
 """onnxplain explains any model that exports to ONNX, on onnxruntime."""
 
+from onnxplain import _version
 from onnxplain.errors import (
     ExternalDataError,
     FileFormatError,
@@ -15,9 +16,6 @@ from onnxplain.errors import (
     TargetError,
     UnsupportedModelError,
 )
-
-from onnxplain._version import VERSION as __version__
-
 from onnxplain.explain import explain
 from onnxplain.methods import (
     InputXGradient,
@@ -33,6 +31,8 @@ from onnxplain.methods import (
 from onnxplain.methods import registry as methods
 from onnxplain.model import Model, differentiate
 from onnxplain.result import Display, Explanation, load_explanation
+
+__version__ = _version.VERSION
 
 __all__ = [
     "Display",

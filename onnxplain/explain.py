@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-
 from onnxplain._version import VERSION
 from onnxplain.errors import InputError
 from onnxplain.graph.emit import is_float
@@ -79,7 +78,7 @@ def explain(
     made, attributing, arguments = _assemble(info, model, layer, neuron, embedded, options)
     if neuron is None:
         index = _target(target, prediction, labels, feeds.count)
-        if "layer-activation" != info.name:
+        if info.name != "layer-activation":
             arguments["target"] = _as_target(index)
     else:
         index = None
@@ -169,7 +168,9 @@ def _assemble(
     if neuron is not None:
         sources = list(embedded.values()) or None
         return (
-            cls(model, of=layer, wrt=sources, **made_with), "layers" if sources else "inputs", call
+            cls(model, of=layer, wrt=sources, **made_with),
+            "layers" if sources else "inputs",
+            call,
         )
     if layer is not None:
         return cls(model, wrt=layer, **made_with), "layers", call
@@ -217,12 +218,12 @@ def _named(
     if attributing == "inputs":
         if feeds.form == "dict":
             return dict(result)
-        parts = result if isinstance(result, tuple) else (result,)
+        parts = list(result) if isinstance(result, tuple) else [result]
         return dict(zip(feeds.explained, parts, strict=True))
     if layer is None:
         parts = result if isinstance(result, list) else [result]
         return {name: part.sum(axis=-1) for name, part in zip(embedded, parts, strict=True)}
-    parts = result if isinstance(result, tuple | list) else (result,)
+    parts = list(result) if isinstance(result, tuple | list) else [result]
     names = [layer] if len(parts) == 1 else [f"{layer}.{i}" for i in range(len(parts))]
     return dict(zip(names, parts, strict=True))
 
@@ -253,5 +254,3 @@ def _provenance(model: Model) -> dict[str, str]:
         "onnxruntime": runtime().__version__,
         "providers": ",".join(session.providers),
     }
-
-

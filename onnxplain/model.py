@@ -155,9 +155,9 @@ class Model:
             if not any(v in frontier for v in node.inputs):
                 continue
             table = node.inputs[0]
-            if node.op_type == "Gather" and table not in frontier and is_float(node.outputs[0]):
-                if table is not None and const_array(table) is not None:
-                    return node.outputs[0]
+            looks_up = node.op_type == "Gather" and table not in frontier
+            if looks_up and is_float(node.outputs[0]) and const_array(table) is not None:
+                return node.outputs[0]
             frontier.update(v for v in node.outputs if not is_float(v))
         return None
 
@@ -214,9 +214,11 @@ class Model:
         at_most: int | None = None,
     ) -> dict[str, np.ndarray]:
         """Run a program on checked inputs (and more of its own inputs), in chunks."""
-        by_row = {
-            k: v for k, v in feeds.arrays.items() if self.axes[k] is not None
-        } if self.has_examples else {}
+        by_row = (
+            {k: v for k, v in feeds.arrays.items() if self.axes[k] is not None}
+            if self.has_examples
+            else {}
+        )
         same = {k: v for k, v in feeds.arrays.items() if k not in by_row} | dict(shared or {})
         if not self.has_examples:
             return program.session({**same, **(rows or {})})
@@ -319,9 +321,7 @@ def _move_axes(model: ir.Model, axes: Mapping[str, int | None]) -> None:
                 f"examples_axis {axis} of input '{value.name}' is outside its {len(d)} dimensions"
             )
         order = [axis, *(k for k in range(len(d)) if k != axis)]
-        fresh = ir.Value(
-            name=value.name, type=value.type, shape=ir.Shape([d[k] for k in order])
-        )
+        fresh = ir.Value(name=value.name, type=value.type, shape=ir.Shape([d[k] for k in order]))
         back = op.Transpose(fresh, perm=[int(k) for k in np.argsort(order)])
         back.shape, back.type = value.shape, value.type
         ir.convenience.replace_all_uses_with(value, back)
@@ -330,5 +330,3 @@ def _move_axes(model: ir.Model, axes: Mapping[str, int | None]) -> None:
     if moved:
         graph.sort()
         shapes.infer(model)
-
-

@@ -69,7 +69,9 @@ def make_model(case: Case, dtype: str = "float64") -> onnx.ModelProto:
         if i in case.const:
             initializers.append(onnx.numpy_helper.from_array(array, name))
         else:
-            shape = [f"{name}_{k}" for k in range(array.ndim)] if i in case.symbolic else array.shape
+            shape = (
+                [f"{name}_{k}" for k in range(array.ndim)] if i in case.symbolic else array.shape
+            )
             kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
             inputs.append(onnx.helper.make_tensor_value_info(name, kind, shape))
     outs = [f"y{i}" for i in range(case.outputs)]
@@ -78,7 +80,10 @@ def make_model(case: Case, dtype: str = "float64") -> onnx.ModelProto:
     )
     kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     graph = onnx.helper.make_graph(
-        [node], "case", inputs, [onnx.helper.make_tensor_value_info(f"y{case.of}", kind, None)],
+        [node],
+        "case",
+        inputs,
+        [onnx.helper.make_tensor_value_info(f"y{case.of}", kind, None)],
         initializers,
     )
     opsets = [onnx.helper.make_opsetid("", case.opset)]
@@ -111,8 +116,14 @@ def gradient(model: ir.Model, of: str, wrt: Sequence[str], rules: Rules = VJP) -
 
 
 def project(
-    model: ir.Model, of: str, wrt: Sequence[str], feeds: Mapping[str, np.ndarray],
-    rng: np.random.Generator, tolerance: float, eps: float = 1e-6, rules: Rules = VJP,
+    model: ir.Model,
+    of: str,
+    wrt: Sequence[str],
+    feeds: Mapping[str, np.ndarray],
+    rng: np.random.Generator,
+    tolerance: float,
+    eps: float = 1e-6,
+    rules: Rules = VJP,
 ) -> tuple[ir.Model, dict[str, np.ndarray], list[np.ndarray]]:
     """Check one derivative; returns the backward model, its feeds and its outputs."""
     back = gradient(model, of, wrt, rules)
@@ -144,14 +155,20 @@ def project(
 def check(case: Case, rules: Rules = VJP) -> None:
     """Run every check of a case; raises AssertionError with what differed."""
     rng = np.random.default_rng(abs(hash(str(case.op))) % 2**31 if False else 7)
-    wrt = [
-        i for i, a in enumerate(case.inputs)
-        if a is not None and np.asarray(a).dtype == np.float64 and i not in case.const
-    ] if case.wrt is None else list(case.wrt)
+    wrt = (
+        [
+            i
+            for i, a in enumerate(case.inputs)
+            if a is not None and np.asarray(a).dtype == np.float64 and i not in case.const
+        ]
+        if case.wrt is None
+        else list(case.wrt)
+    )
     names = [f"x{i}" for i in wrt]
     of = f"y{case.of}"
     feeds = {
-        f"x{i}": np.asarray(a) for i, a in enumerate(case.inputs)
+        f"x{i}": np.asarray(a)
+        for i, a in enumerate(case.inputs)
         if a is not None and i not in case.const
     }
     back, full, results = project(
@@ -172,7 +189,8 @@ def check(case: Case, rules: Rules = VJP) -> None:
         known = {i.name for i in session.get_inputs()}
         cast = {
             k: v.astype(dtype) if v.dtype == np.float64 else v
-            for k, v in full.items() if k in known
+            for k, v in full.items()
+            if k in known
         }
         tolerance = {"float32": 1e-4, "float16": 3e-2}.get(dtype, 1e-9)
         for got, want in zip(session.run(None, cast), results, strict=True):

@@ -68,8 +68,10 @@ class LpNormalization(OpRun):
 
 
 class _Sliding(OpRun):
-    """Sliding windows of any number of axes. The originals go wrong for groups, dilations, asymmetric
-    padding or empty batches, and loop over positions in Python."""
+    """Sliding windows of any number of axes.
+
+    The originals go wrong for groups, dilations, asymmetric padding or empty batches, and loop over
+    positions in Python."""
 
     def _window(self, sizes, kernel, strides, dilations, pads, auto_pad, ceil_mode=0):
         """Strides, dilations, padding in front and number of windows, per axis."""
@@ -101,16 +103,28 @@ class _Sliding(OpRun):
     def _stack(self, x, kernel, strides, dilations, pads, counts, fill):
         """Every window's values [N, C, *windows, prod(kernel)]."""
         axes = len(kernel)
-        wide = [(b, e + k * d + s) for b, e, k, d, s in
-                zip(pads[:axes], pads[axes:], kernel, dilations, strides)]
+        wide = [
+            (b, e + k * d + s)
+            for b, e, k, d, s in zip(pads[:axes], pads[axes:], kernel, dilations, strides)
+        ]
         x = np.pad(x, [(0, 0), (0, 0), *wide], constant_values=fill)
         taps = self._taps(kernel, strides, dilations, counts)
         return np.stack([x[(..., *where)] for _, where in taps], axis=-1)
 
 
 class Conv(_Sliding):
-    def _run(self, x, w, b=None, auto_pad=None, dilations=None, group=None, kernel_shape=None,
-             pads=None, strides=None):
+    def _run(
+        self,
+        x,
+        w,
+        b=None,
+        auto_pad=None,
+        dilations=None,
+        group=None,
+        kernel_shape=None,
+        pads=None,
+        strides=None,
+    ):
         kernel = w.shape[2:]
         strides, dilations, pads, counts = self._window(
             x.shape[2:], kernel, strides, dilations, pads, auto_pad
@@ -124,8 +138,20 @@ class Conv(_Sliding):
 
 
 class ConvTranspose(_Sliding):
-    def _run(self, x, w, b=None, auto_pad=None, dilations=None, group=None, kernel_shape=None,
-             output_padding=None, output_shape=None, pads=None, strides=None):
+    def _run(
+        self,
+        x,
+        w,
+        b=None,
+        auto_pad=None,
+        dilations=None,
+        group=None,
+        kernel_shape=None,
+        output_padding=None,
+        output_shape=None,
+        pads=None,
+        strides=None,
+    ):
         kernel, axes, counts = w.shape[2:], w.ndim - 2, x.shape[2:]
         strides, dilations = strides or [1] * axes, dilations or [1] * axes
         extra, pads = output_padding or [0] * axes, list(pads or [0] * (2 * axes))
@@ -147,9 +173,7 @@ class ConvTranspose(_Sliding):
         parts = x.reshape(n, group, w.shape[0] // group, *counts)
         weights = w.reshape(group, -1, out, *kernel)
         for tap, where in self._taps(kernel, strides, dilations, counts):
-            spread[(..., *where)] += np.einsum(
-                "ngi...,gio->ngo...", parts, weights[(..., *tap)]
-            )
+            spread[(..., *where)] += np.einsum("ngi...,gio->ngo...", parts, weights[(..., *tap)])
         spread = spread.reshape(n, group * out, *spread.shape[3:])
         crop = tuple(slice(p, f - e) for p, e, f in zip(pads[:axes], pads[axes:], full))
         y = spread[(..., *crop)]
@@ -157,8 +181,17 @@ class ConvTranspose(_Sliding):
 
 
 class MaxPool(_Sliding):
-    def _run(self, x, auto_pad=None, ceil_mode=None, dilations=None, kernel_shape=None, pads=None,
-             storage_order=None, strides=None):
+    def _run(
+        self,
+        x,
+        auto_pad=None,
+        ceil_mode=None,
+        dilations=None,
+        kernel_shape=None,
+        pads=None,
+        storage_order=None,
+        strides=None,
+    ):
         strides, dilations, pads, counts = self._window(
             x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode
         )
@@ -171,8 +204,17 @@ class MaxPool(_Sliding):
 
 
 class AveragePool(_Sliding):
-    def _run(self, x, auto_pad=None, ceil_mode=None, count_include_pad=None, dilations=None,
-             kernel_shape=None, pads=None, strides=None):
+    def _run(
+        self,
+        x,
+        auto_pad=None,
+        ceil_mode=None,
+        count_include_pad=None,
+        dilations=None,
+        kernel_shape=None,
+        pads=None,
+        strides=None,
+    ):
         strides, dilations, pads, counts = self._window(
             x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode
         )
@@ -187,8 +229,17 @@ class AveragePool(_Sliding):
 
 
 class LpPool(_Sliding):
-    def _run(self, x, auto_pad=None, ceil_mode=None, dilations=None, kernel_shape=None, p=None,
-             pads=None, strides=None):
+    def _run(
+        self,
+        x,
+        auto_pad=None,
+        ceil_mode=None,
+        dilations=None,
+        kernel_shape=None,
+        p=None,
+        pads=None,
+        strides=None,
+    ):
         strides, dilations, pads, counts = self._window(
             x.shape[2:], kernel_shape, strides, dilations, pads, auto_pad, ceil_mode
         )
@@ -223,9 +274,7 @@ class GatherElements(OpRun):
 
     def _run(self, data, indices, axis=None):
         axis %= data.ndim
-        inside = tuple(
-            slice(None if a == axis else n) for a, n in enumerate(indices.shape)
-        )
+        inside = tuple(slice(None if a == axis else n) for a, n in enumerate(indices.shape))
         return (np.take_along_axis(data[inside], indices, axis),)
 
 
@@ -239,10 +288,7 @@ class Pad(OpRun):
             ends[axis] = (int(pads[k]), int(pads[count + k]))
         widths = [(max(low, 0), max(high, 0)) for low, high in ends]
         fill = {} if constant_value is None else {"constant_values": constant_value.item()}
-        if mode != "constant":
-            data = np.pad(data, widths, mode)
-        else:
-            data = np.pad(data, widths, **fill)
+        data = np.pad(data, widths, **(fill if mode == "constant" else {"mode": mode}))
         crop = [slice(max(-low, 0), n - max(-high, 0)) for (low, high), n in zip(ends, data.shape)]
         return (data[tuple(crop)],)
 

@@ -31,7 +31,8 @@ def imported(path: Path) -> set[str]:
             found |= {f"{tail}.{a.name}".lstrip(".") for a in node.names}
         elif isinstance(node, ast.Import):
             found |= {
-                a.name.removeprefix("onnxplain.") for a in node.names
+                a.name.removeprefix("onnxplain.")
+                for a in node.names
                 if a.name.startswith("onnxplain.")
             }
     return found
@@ -44,7 +45,8 @@ def test_imports_go_one_way(path: Path) -> None:
         return
     allowed = ALLOWED[room]
     wrong = {
-        name for name in imported(path)
+        name
+        for name in imported(path)
         if not any(name == a or name.startswith(a + ".") for a in allowed)
     }
     assert not wrong, f"{room} must not import {sorted(wrong)}"

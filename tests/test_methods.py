@@ -17,7 +17,9 @@ LINEAR = HEAD + "linear (float[N,4] x) => (float[N,3] y) { y = MatMul(x, w) }"
 # y = (x * x) w: gradient 2 x w, integrated from b to x: (x^2 - b^2) w.
 SQUARE = HEAD + "square (float[N,4] x) => (float[N,3] y) { h = Mul(x, x)  y = MatMul(h, w) }"
 # Two inputs, one value per example: y = sum(a * b) + 3 sum(a).
-PRODUCT = HEAD + """product (float[N,4] a, float[N,4] b) => (float[N] y) {
+PRODUCT = (
+    HEAD
+    + """product (float[N,4] a, float[N,4] b) => (float[N] y) {
     three = Constant<value_float=3.0>()
     m = Mul(a, b)
     t = Mul(a, three)
@@ -25,14 +27,18 @@ PRODUCT = HEAD + """product (float[N,4] a, float[N,4] b) => (float[N] y) {
     axes = Constant<value_ints=[1]>()
     y = ReduceSum<keepdims=0>(s, axes)
 }"""
+)
 # A bypass: the layer h and its input x meet again; y = h * x with h = x * x, so y = x^3.
 BYPASS = HEAD + "bypass (float[N,4] x) => (float[N,4] y) { h = Mul(x, x)  y = Mul(h, x) }"
-TOKENS = HEAD + """tokens (int64[N,T] ids) => (float[N,3] y) {
+TOKENS = (
+    HEAD
+    + """tokens (int64[N,T] ids) => (float[N,3] y) {
     e = Gather(table, ids)
     axes = Constant<value_ints=[1]>()
     s = ReduceMean<keepdims=0>(e, axes)
     y = MatMul(s, w)
 }"""
+)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +184,7 @@ def test_tokens_go_through_the_embedding(tokens: ox.Model) -> None:
     ids = np.array([[1, 2, 3], [4, 5, 6]])
     with pytest.raises(ox.InputError, match="embedding layer 'e'"):
         ox.Saliency(tokens).attribute(ids, target=0)
-    got, delta = ox.LayerIntegratedGradients(tokens, "e").attribute(
+    got, _ = ox.LayerIntegratedGradients(tokens, "e").attribute(
         ids, target=1, return_convergence_delta=True
     )
     table = tokens.graph.graph.initializers["table"].const_value.numpy()
@@ -189,10 +195,13 @@ def test_tokens_go_through_the_embedding(tokens: ox.Model) -> None:
 
 
 def test_an_output_without_examples_axis() -> None:
-    text = HEAD + """total (float[N,4] x) => (float y) {
+    text = (
+        HEAD
+        + """total (float[N,4] x) => (float y) {
         h = Mul(x, x)
         y = ReduceSum<keepdims=0>(h)
     }"""
+    )
     m = model(text)
     np.testing.assert_allclose(ox.Saliency(m).attribute(X, abs=False), 2 * X, rtol=1e-6)
     got, delta = ox.IntegratedGradients(m).attribute(X, return_convergence_delta=True)
@@ -246,8 +255,10 @@ BAD_TARGETS = [None, 3, -1, (0, 1), [0, 1], "cat", 1.5, True, [[0, 1]] * 5]
 def test_bad_targets_name_the_outputs_shape(linear: ox.Model, target: object) -> None:
     with pytest.raises(ox.TargetError) as caught:
         ox.Saliency(linear).attribute(X, target=target)
-    assert "[N, 3]" in str(caught.value) or "integer" in str(caught.value) or "targets" in str(
-        caught.value
+    assert (
+        "[N, 3]" in str(caught.value)
+        or "integer" in str(caught.value)
+        or "targets" in str(caught.value)
     )
 
 
@@ -274,9 +285,14 @@ def test_bad_inputs(linear: ox.Model, name: str) -> None:
 def test_bad_options(linear: ox.Model, product: ox.Model) -> None:
     ig = ox.IntegratedGradients(linear)
     for options in (
-        {"n_steps": 0}, {"n_steps": 2.5}, {"method": "simpson"}, {"internal_batch_size": 0},
-        {"n_steps": 1, "method": "riemann_left"}, {"baselines": np.zeros((2, 4))},
-        {"baselines": {"z": 0}}, {"baselines": np.nan},
+        {"n_steps": 0},
+        {"n_steps": 2.5},
+        {"method": "simpson"},
+        {"internal_batch_size": 0},
+        {"n_steps": 1, "method": "riemann_left"},
+        {"baselines": np.zeros((2, 4))},
+        {"baselines": {"z": 0}},
+        {"baselines": np.nan},
     ):
         with pytest.raises(ox.InputError):
             ig.attribute(X, target=0, **options)
@@ -291,11 +307,14 @@ def test_bad_options(linear: ox.Model, product: ox.Model) -> None:
 def test_bad_layers_and_neurons(square: ox.Model) -> None:
     with pytest.raises(ox.LayerError, match="no layer 'hh'"):
         ox.LayerActivation(square, "hh")
-    two = model(HEAD + """g (float[N,4] x) => (float[N,4] y, float[N,4] w) {
+    two = model(
+        HEAD
+        + """g (float[N,4] x) => (float[N,4] y, float[N,4] w) {
         y = Exp(x)
         z = Sin(x)
         w = Cos(z)
-    }""")
+    }"""
+    )
     with pytest.raises(ox.LayerError, match="does not depend on 'z'"):
         ox.LayerGradientXActivation(two, "z").attribute(X, target=0)
     for selector in (4, -1, (0, 0), "a", 1.0, (slice(4, 9),), True):

@@ -289,7 +289,7 @@ class _Unbake:
             out = self.op.Reshape(out, [*sizes[:axis], -1, *sizes[axis + 1 :]])
         sizes[axis] = rows.symbol
         self.dims[out], self.old[out] = sizes, self.old[value]
-        return out  # type: ignore[no-any-return]
+        return out
 
     def first(self, value: ir.Value, rows: _Rows) -> ir.Value:
         """The part of a constant that belongs to the first example."""

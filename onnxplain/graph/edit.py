@@ -16,7 +16,9 @@ BATCH = "examples"
 """The symbol of the examples axis in every normalized model."""
 
 
-def new_input(graph: ir.Graph, name: str, like: ir.Value, shape: Sequence[int | str | None]) -> ir.Value:
+def new_input(
+    graph: ir.Graph, name: str, like: ir.Value, shape: Sequence[int | str | None]
+) -> ir.Value:
     """Add a graph input of the dtype of ``like``."""
     assert like.dtype is not None
     value = ir.Value(name=name, type=ir.TensorType(like.dtype), shape=ir.Shape(shape))
@@ -42,7 +44,7 @@ def feed(nodes: Iterable[ir.Node], values: Mapping[ir.Value, ir.Value]) -> None:
     for top in nodes:
         for node in nodes_within(top):
             for i, v in enumerate(node.inputs):
-                if v in values:
+                if v is not None and v in values:
                     node.replace_input_with(i, values[v])
 
 
@@ -143,9 +145,7 @@ def _with_trailing(op: Emitter, lead: Sequence[ir.Value], like: ir.Value) -> ir.
     return op.Concat(*lead, tail, axis=0)
 
 
-def affine_frontier(
-    graph: ir.Graph, sources: Sequence[ir.Value], of: ir.Value
-) -> list[ir.Value]:
+def affine_frontier(graph: ir.Graph, sources: Sequence[ir.Value], of: ir.Value) -> list[ir.Value]:
     """Where the affine part behind ``sources`` ends on the way to ``of``.
 
     Every path from a source to ``of`` passes exactly one of these values, each is an affine

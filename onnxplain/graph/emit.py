@@ -48,7 +48,7 @@ def dims(value: ir.Value) -> tuple[Dim, ...]:
             "export the model with shape information (or fixed input ranks)"
         )
     return tuple(
-        d if isinstance(d, int) else (d.value if d.value else None)  # type: ignore[union-attr]
+        d if isinstance(d, int) else (d.value if d.value else None)
         for d in value.shape.dims
     )
 
@@ -253,7 +253,7 @@ def _output_dtype(op_type: str, index: int, node: ir.Node) -> ir.DataType | None
     return value.dtype if value is not None else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _schema(op_type: str, version: int, domain: str) -> onnx.defs.OpSchema:
     return onnx.defs.get_schema(op_type, version, domain)
 

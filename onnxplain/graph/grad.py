@@ -12,16 +12,16 @@ them, as float32 in steps of the integer, and rules see them as float32.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import LayerError, NoRuleError, NotDifferentiableError
-from onnxplain.graph import functions, shapes
+from onnxplain.graph import functions
 from onnxplain.graph.emit import Call, Emitter, const_array, is_float
 from onnxplain.rules import Rule, Rules
 from onnxplain.rules.vjp import NO_DERIVATIVE, VJP
-
 
 # What quantized integers, and sums of their products, are stored in.
 QUANTIZED = frozenset(
@@ -253,9 +253,7 @@ def _check_connected(
                 f"'{value.name}' has dtype {value.dtype}, which can't carry a gradient; explain "
                 "with respect to the layer that turns it into numbers (an embedding)"
             )
-        if value in active.values and any(
-            v in active.values for v in of
-        ):
+        if value in active.values and any(v in active.values for v in of):
             continue
         reached, blocked = {value}, []
         for node in graph:
@@ -293,12 +291,10 @@ def _apply(
                 f"respect to its input {i} ('{call.x[i].name}'), which depends on what is "
                 "explained by. Use a perturbation method, which needs no gradient"
             )
-        yield i, g
+        yield i, cast(ir.Value, g)
 
 
-def _total(
-    op: Emitter, cotangents: dict[ir.Value, list[ir.Value]], value: ir.Value
-) -> ir.Value:
+def _total(op: Emitter, cotangents: dict[ir.Value, list[ir.Value]], value: ir.Value) -> ir.Value:
     """The accumulated cotangent of a value (kept, so that it is summed once)."""
     parts = cotangents[value]
     total = parts[0]

@@ -154,9 +154,7 @@ class Names:
     def _scope(self, stem: str, name: str) -> str:
         if stem in self._scopes:
             return stem
-        ending = [
-            s for s in self._scopes if s.endswith(("/" + stem, "." + stem))
-        ]
+        ending = [s for s in self._scopes if s.endswith(("/" + stem, "." + stem))]
         if len(ending) == 1:
             return ending[0]
         if ending:
@@ -186,7 +184,9 @@ class Names:
             v
             for node in nodes
             for v in node.inputs
-            if v is not None and v.producer() not in inside and const_array(v) is None
+            if v is not None
+            and v.producer() not in inside
+            and const_array(v) is None
             and not v.is_initializer()
         )
         if not entered:
@@ -211,7 +211,7 @@ def _split_calls(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
         for value in node.inputs:
             producer = value.producer() if value is not None else None
             if producer in parent:
-                a, b = root(node), root(producer)  # type: ignore[arg-type]
+                a, b = root(node), root(producer)
                 if a is not b:
                     parent[a] = b
     groups: dict[ir.Node, list[ir.Node]] = {}

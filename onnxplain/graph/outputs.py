@@ -39,15 +39,18 @@ def unwrap_zipmaps(model: ir.Model) -> dict[str, list[str]]:
 def drop_unusable(model: ir.Model) -> None:
     """Forget outputs that are no tensors (sequences, maps, optionals)."""
     graph = model.graph
-    graph.outputs[:] = [v for v in graph.outputs if v.type is None or isinstance(v.type, ir.TensorType)]
+    graph.outputs[:] = [
+        v for v in graph.outputs if v.type is None or isinstance(v.type, ir.TensorType)
+    ]
 
 
 def choose(model: ir.Model, wanted: str | None) -> ir.Value:
     """The output to explain: the named one, or the first floating-point one."""
     by_name: Mapping[str, ir.Value] = {v.name or "": v for v in model.graph.outputs}
-    listed = ", ".join(
-        f"{n} ({v.dtype.name.lower() if v.dtype else '?'})" for n, v in by_name.items()
-    ) or "none"
+    listed = (
+        ", ".join(f"{n} ({v.dtype.name.lower() if v.dtype else '?'})" for n, v in by_name.items())
+        or "none"
+    )
     if wanted is not None:
         if wanted not in by_name:
             raise InputError(f"output '{wanted}' is not in the model; its outputs are: {listed}")

@@ -20,6 +20,21 @@ from onnxplain.methods.path import (
     NeuronIntegratedGradients,
 )
 
+__all__ = [
+    "METHODS",
+    "Attribution",
+    "InputXGradient",
+    "IntegratedGradients",
+    "LayerActivation",
+    "LayerGradientXActivation",
+    "LayerIntegratedGradients",
+    "MethodInfo",
+    "NeuronGradient",
+    "NeuronIntegratedGradients",
+    "Saliency",
+    "registry",
+]
+
 METHODS: tuple[type[Attribution], ...] = (
     Saliency,
     InputXGradient,
@@ -33,7 +48,12 @@ METHODS: tuple[type[Attribution], ...] = (
 
 # Arguments of `attribute` that are not options of a method.
 _QUESTION = {
-    "self", "inputs", "target", "baselines", "additional_forward_args", "neuron_selector",
+    "self",
+    "inputs",
+    "target",
+    "baselines",
+    "additional_forward_args",
+    "neuron_selector",
     "return_convergence_delta",
 }
 
@@ -70,6 +90,13 @@ def _info(cls: type[Attribution]) -> MethodInfo:
     }
     summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
     return MethodInfo(
-        cls.name, cls.title, cls, summary, options, cls.paper, cls.needs, cls.check,
+        cls.name,
+        cls.title,
+        cls,
+        summary,
+        options,
+        cls.paper,
+        cls.needs,
+        cls.check,
         "baselines" in call,
     )

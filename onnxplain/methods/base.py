@@ -14,7 +14,6 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import InputError, UnsupportedModelError
-from onnxplain.graph.edit import BATCH
 from onnxplain.graph.emit import dims, is_float, static_dims
 from onnxplain.methods import target as targets
 from onnxplain.model import Model, single
@@ -163,7 +162,14 @@ class Attribution:
             indices = targets.target_indices(selector, shape, feeds.count)
             seeds = targets.target_seeds(indices, shape, dtype)
         return Question(
-            feeds, of, wrt, shape, seeds, indices, at_once, form,
+            feeds,
+            of,
+            wrt,
+            shape,
+            seeds,
+            indices,
+            at_once,
+            form,
             None if groups is None else tuple(len(g) for g in groups),
         )
 
@@ -190,7 +196,7 @@ class Attribution:
         d = dims(value)
         if self.model.fixed_batch is not None:
             return bool(d) and d[0] == self.model.fixed_batch
-        return bool(d) and (not isinstance(d[0], int) or d[0] == BATCH)
+        return bool(d) and not isinstance(d[0], int)
 
     def _trailing(self, value: ir.Value, feeds: Feeds, at_once: bool) -> tuple[int, ...]:
         """A value's shape without the examples axis; measured on one row when it is dynamic."""
@@ -202,7 +208,9 @@ class Attribution:
             return feeds.arrays[value.name or ""].shape[1:]
         one = Feeds(
             {k: v[:1] if self.model.axes[k] is not None else v for k, v in feeds.arrays.items()},
-            feeds.explained, feeds.form, 1,
+            feeds.explained,
+            feeds.form,
+            1,
         )
         result = self.model.run(self.model.forward([value.name or ""]), one)[value.name or ""]
         return result.shape if at_once else result.shape[1:]

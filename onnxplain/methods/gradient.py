@@ -197,7 +197,9 @@ class NeuronGradient(_Gradient):
             NeuronError: the selector doesn't fit the layer's shape.
         """
         question = self._ask(
-            inputs, neuron_selector, additional_forward_args,
+            inputs,
+            neuron_selector,
+            additional_forward_args,
             of_entering=attribute_to_neuron_input,
         )
         return self._run(question, "gradient")
@@ -239,5 +241,3 @@ class LayerActivation(Attribution):
             for g in groups
         ]
         return results[0] if isinstance(self._wrt, str) else results
-
-

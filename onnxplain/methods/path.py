@@ -92,7 +92,7 @@ def named_baselines(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.
         if array.shape[1:] != x.shape[1:] or array.shape[0] not in (1, len(x)):
             raise InputError(
                 f"baseline of '{name}': shape {list(array.shape)} was given for an input of shape "
-                f"{list(x.shape)}; give the same shape, the same with first dimension 1, or a number"
+                f"{list(x.shape)}; give that shape, the same with first dimension 1, or a number"
             )
         found[name] = check_array(values[name], array, "baseline of")
     return found
@@ -341,9 +341,7 @@ class IntegratedGradients(Attribution):
         """
         copy, op, of, path = self._along_path(question)
         graph = copy.graph
-        weights = ir.Value(
-            name="weights", type=ir.TensorType(_wide(of)), shape=ir.Shape(["steps"])
-        )
+        weights = ir.Value(name="weights", type=ir.TensorType(_wide(of)), shape=ir.Shape(["steps"]))
         seed = new_input(graph, "cotangent", of, dims(of))
         graph.inputs.append(weights)
         seeds = seed
@@ -385,13 +383,9 @@ class IntegratedGradients(Attribution):
         prune(copy)
         return copy
 
-    def _along_path(
-        self, question: Question
-    ) -> tuple[ir.Model, Emitter, ir.Value, list[_Point]]:
+    def _along_path(self, question: Question) -> tuple[ir.Model, Emitter, ir.Value, list[_Point]]:
         """A copy of the model that runs every example at ``positions`` of its path."""
-        explained = [
-            v for v in self.model.graph.graph.inputs if v.name in question.feeds.explained
-        ]
+        explained = [v for v in self.model.graph.graph.inputs if v.name in question.feeds.explained]
         copy, values = self.model.rewriting(question.of, *question.wrt, *explained)
         count = len(question.wrt)
         of, wrt, inputs = values[0], values[1 : 1 + count], values[1 + count :]
@@ -457,7 +451,7 @@ class LayerIntegratedGradients(IntegratedGradients):
     def __init__(self, model: Model, layer: Layers, multiply_by_inputs: bool = True) -> None:
         super().__init__(model, multiply_by_inputs, wrt=layer)
 
-    def attribute(  # type: ignore[override]
+    def attribute(
         self,
         inputs: Arrays,
         baselines: Any = None,
@@ -520,7 +514,9 @@ class NeuronIntegratedGradients(IntegratedGradients):
         errors as :meth:`IntegratedGradients.attribute`.
         """
         question = self._ask(
-            inputs, neuron_selector, additional_forward_args,
+            inputs,
+            neuron_selector,
+            additional_forward_args,
             of_entering=attribute_to_neuron_input,
         )
         return self._integrate(question, baselines, n_steps, method, internal_batch_size, False)

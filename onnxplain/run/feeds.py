@@ -26,13 +26,16 @@ class InputInfo:
 
     @staticmethod
     def of(value: ir.Value) -> InputInfo:
+        """What a value of the graph is called and holds."""
         dtype = value.dtype.name.lower() if value.dtype is not None else "unknown"
-        return InputInfo(
-            value.name or "", dtype, dims(value) if value.shape is not None else None
-        )
+        return InputInfo(value.name or "", dtype, dims(value) if value.shape is not None else None)
 
     def __str__(self) -> str:
-        shape = "?" if self.shape is None else ", ".join("?" if d is None else str(d) for d in self.shape)
+        shape = (
+            "?"
+            if self.shape is None
+            else ", ".join("?" if d is None else str(d) for d in self.shape)
+        )
         return f"{self.name}: {self.dtype}[{shape}]"
 
 
@@ -136,12 +139,13 @@ def check_array(value: ir.Value, given: Any, what: str = "input") -> np.ndarray:
     try:
         array = np.asarray(given)
     except ValueError as error:
-        raise InputError(f"{where}: can't be made an array ({error}); pass a numpy array") from error
+        raise InputError(
+            f"{where}: can't be made an array ({error}); pass a numpy array"
+        ) from error
     array = _as_dtype(value, array, where)
     if info.shape is not None:
         fits = array.ndim == len(info.shape) and all(
-            not isinstance(d, int) or d == n
-            for d, n in zip(info.shape, array.shape, strict=True)
+            not isinstance(d, int) or d == n for d, n in zip(info.shape, array.shape, strict=True)
         )
         if not fits:
             raise InputError(
@@ -185,5 +189,7 @@ def _as_dtype(value: ir.Value, array: np.ndarray, where: str) -> np.ndarray:
             if not np.isfinite(array).all()
             else f"{bad} of its values overflow the model's {wanted}"
         )
-        raise InputError(f"{where}: {cause}; an explanation of them would mean nothing, so clean or impute them")
+        raise InputError(
+            f"{where}: {cause}; an explanation of them would mean nothing, so clean or impute them"
+        )
     return cast

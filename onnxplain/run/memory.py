@@ -26,7 +26,10 @@ def available_bytes() -> int:
     free = _meminfo("MemAvailable:")
     for limit_file, usage_file in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
     ):
         limit, usage = _number(limit_file), _number(usage_file)
         if limit is not None and usage is not None and limit < 1 << 60:

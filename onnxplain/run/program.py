@@ -64,7 +64,9 @@ class Program:
         key = tuple(sorted(feeds.items()))
         if key not in self._bytes:
             one = memory.live_bytes(self.model, feeds)
-            more = {k: s if k in self._shared(feeds) else (2 * s[0], *s[1:]) for k, s in feeds.items()}
+            more = {
+                k: s if k in self._shared(feeds) else (2 * s[0], *s[1:]) for k, s in feeds.items()
+            }
             two = memory.live_bytes(self.model, more)
             self._bytes[key] = (max(two - one, 1), max(2 * one - two, 0))
         slope, fixed = self._bytes[key]
@@ -108,7 +110,9 @@ class Program:
             feeds = {name: take(feed, piece) for name, feed in rows.items()}
             missing = (self.batch or 0) - (piece.stop - piece.start)
             if missing > 0:  # a graph of fixed batch: its last rows are repeated and cut off again
-                feeds = {k: np.concatenate([v, v[-1:].repeat(missing, 0)]) for k, v in feeds.items()}
+                feeds = {
+                    k: np.concatenate([v, v[-1:].repeat(missing, 0)]) for k, v in feeds.items()
+                }
             try:
                 results = self.session({**feeds, **shared}, outputs)
             except OutOfMemoryError as error:

@@ -124,9 +124,14 @@ class Session:
         self.inputs = [i.name for i in self._session.get_inputs()]
         self.outputs = [o.name for o in self._session.get_outputs()]
         self.providers = self._session.get_providers()
-        self._device = "cpu" if self.providers[0] == "CPUExecutionProvider" else (
-            "cuda" if self.providers[0] in ("CUDAExecutionProvider", "TensorrtExecutionProvider")
-            else None
+        self._device = (
+            "cpu"
+            if self.providers[0] == "CPUExecutionProvider"
+            else (
+                "cuda"
+                if self.providers[0] in ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+                else None
+            )
         )
 
     def __call__(
@@ -144,7 +149,9 @@ class Session:
             results = self._session.run(names, known)
         except Exception as error:
             if _is_memory_error(error):
-                raise OutOfMemoryError(f"onnxruntime ran out of memory: {_first_line(error)}") from error
+                raise OutOfMemoryError(
+                    f"onnxruntime ran out of memory: {_first_line(error)}"
+                ) from error
             raise ModelError(f"onnxruntime failed while running: {_first_line(error)}") from error
         return dict(zip(names, results, strict=True))
 

@@ -52,6 +52,7 @@ class Scale:
     clipped: bool
 
     def norm(self, signed: bool = True) -> Normalize:
+        """The color scale: around zero if signed, else from zero."""
         top = self.limit or 1.0
         return Normalize(-top if signed else 0.0, top)
 
@@ -183,6 +184,7 @@ def color_bar(figure: Figure, scale: Scale, *, signed: bool = True, **where: Any
 
 
 def number(value: float) -> str:
+    """A number with three digits."""
     return f"{value:.3g}"
 
 
@@ -192,6 +194,7 @@ def printable(text: str) -> str:
 
 
 def shorten(text: str, length: int) -> str:
+    """Printable text of at most ``length`` characters."""
     text = printable(text)
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
@@ -210,6 +213,7 @@ def predictions(frame: Frame, k: int = 3) -> tuple[str, list[str]]:
 
 
 def position(explanation: Explanation, index: tuple[int, ...]) -> str:
+    """An output position by its label, or by its index."""
     label = explanation.label(index)
     return shorten(label, 32) if label is not None else f"output[{', '.join(map(str, index))}]"
 

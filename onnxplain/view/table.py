@@ -15,6 +15,8 @@ from onnxplain.view.common import Frame
 
 @dataclass(frozen=True)
 class Row:
+    """One bar: a name and its attribution."""
+
     name: str
     attribution: float
 

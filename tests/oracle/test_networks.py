@@ -125,7 +125,7 @@ def test_transformer_encoder_by_its_embedding(exporter: str) -> None:
 
 @pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
 @pytest.mark.parametrize(
-    "name, scope",
+    ("name", "scope"),
     [
         ("resnet18", "layer1.1.act2"),
         ("resnet18", "layer3"),

@@ -15,8 +15,18 @@ ROWS = [
     *(
         Case(op, [X])
         for op in (
-            "Relu", "LeakyRelu", "Elu", "Selu", "ThresholdedRelu", "Sigmoid", "HardSigmoid",
-            "HardSwish", "Softplus", "Softsign", "Gelu", "Mish",
+            "Relu",
+            "LeakyRelu",
+            "Elu",
+            "Selu",
+            "ThresholdedRelu",
+            "Sigmoid",
+            "HardSigmoid",
+            "HardSwish",
+            "Softplus",
+            "Softsign",
+            "Gelu",
+            "Mish",
         )
     ),
     Case("Relu", [np.float64(-0.5)], name="scalar"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -73,3 +75,58 @@ CASES = MAX + AVERAGE + LP + GLOBAL
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_projection(case: Case) -> None:
     check(case)
+
+
+def _gradient_of(op: str, x: np.ndarray, g: np.ndarray, symbolic: bool, **attrs: object) -> Any:
+    case = Case(op, [x], attrs, symbolic=(0,) if symbolic else ())
+    back = gradient(load(make_model(case)), "y0", ["x0"])
+    return evaluate(back, {"x0": x, "cotangent": g})[1]
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_max_pool_gives_ties_to_the_first_in_row_major_order(symbolic: bool) -> None:
+    x = np.zeros((1, 1, 4, 4))
+    g = np.arange(1.0, 5.0).reshape(1, 1, 2, 2)
+    attrs = {"kernel_shape": [2, 2], "strides": [2, 2]}
+    got = _gradient_of("MaxPool", x, g, symbolic, **attrs)
+    want = np.zeros((4, 4))
+    want[::2, ::2] = g
+    np.testing.assert_array_equal(got[0, 0], want)
+    # The first row with the maximum wins, not the first column.
+    x[0, 0, :2, :2] = [[0, 1], [1, 0]]
+    got = _gradient_of("MaxPool", x, g, symbolic, **attrs)
+    np.testing.assert_array_equal(got[0, 0, :2, :2], [[0, 1], [0, 0]])
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_overlapping_windows_add_up(symbolic: bool) -> None:
+    x = np.zeros((1, 1, 5, 5))
+    x[0, 0, 2, 2] = 1.0
+    attrs = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
+    got = _gradient_of("MaxPool", x, np.ones((1, 1, 3, 3)), symbolic, **attrs)
+    want = np.zeros((5, 5))
+    want[2, 2] = 1.0
+    # Padding is never chosen, and each of the other windows has its own first zero.
+    want[[0, 0, 0, 1, 1, 3, 3, 3], [0, 1, 3, 0, 3, 0, 1, 3]] = 1.0
+    np.testing.assert_array_equal(got[0, 0], want)
+
+
+def test_global_max_pool_gives_ties_to_the_first() -> None:
+    got = _gradient_of("GlobalMaxPool", np.zeros((1, 2, 2, 2)), np.ones((1, 2, 1, 1)), False)
+    np.testing.assert_array_equal(got[0], [[[1, 0], [0, 0]]] * 2)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_lp_pool_of_zeros_has_a_finite_gradient(p: int) -> None:
+    x = np.zeros((1, 1, 4))
+    got = _gradient_of("LpPool", x, np.ones((1, 1, 2)), False, kernel_shape=[2], strides=[2], p=p)
+    np.testing.assert_array_equal(got, x)
+
+
+def test_average_counts_padding_as_told() -> None:
+    x, g = np.zeros((1, 1, 2)), np.ones((1, 1, 2))
+    attrs = {"kernel_shape": [2], "pads": [1, 0]}
+    got = _gradient_of("AveragePool", x, g, False, **attrs)
+    np.testing.assert_allclose(got, [[[1.5, 0.5]]])
+    got = _gradient_of("AveragePool", x, g, False, count_include_pad=1, **attrs)
+    np.testing.assert_allclose(got, [[[1.0, 0.5]]])

@@ -95,9 +95,7 @@ def conv_transpose(op: Emitter, n: Call, g: Any) -> Any:
     pads = (*at.begin, *(max(e, 0) for e in at.end))  # type: ignore[misc]
 
     def grad_x() -> ir.Value:
-        gx = op.Conv(
-            g, w, group=group, strides=at.strides, dilations=at.dilations, pads=pads
-        )
+        gx = op.Conv(g, w, group=group, strides=at.strides, dilations=at.dilations, pads=pads)
         if any(-e >= s for e, s in zip(at.end, at.strides, strict=True)):  # type: ignore[arg-type]
             axes = list(range(2, rank(x)))
             gx = op.Slice(gx, [0] * len(axes), op.Shape(x, start=2), axes)
@@ -207,9 +205,7 @@ def einsum(op: Emitter, n: Call, g: Any) -> Any:
                 factors.append(letter)
             else:
                 sizes[axis] = _common(
-                    dims(v)[t.index(letter)]
-                    for t, v in zip(terms, n.x, strict=True)
-                    if letter in t
+                    dims(v)[t.index(letter)] for t, v in zip(terms, n.x, strict=True) if letter in t
                 )
             target += letter
         out = op.Einsum(*operands, equation=f"{','.join(factors)}->{target}")
@@ -238,9 +234,7 @@ def _explicit(n: Call) -> tuple[list[str], str]:
     """An equation's terms, one for each operand, and its result, with letters for ellipses."""
     left, arrow, result = n.attr("equation").replace(" ", "").partition("->")
     terms = left.split(",")
-    covered = [
-        rank(x) - len(t) + 3 if "..." in t else 0 for t, x in zip(terms, n.x, strict=True)
-    ]
+    covered = [rank(x) - len(t) + 3 if "..." in t else 0 for t, x in zip(terms, n.x, strict=True)]
     letters = "".join(itertools.islice(_unused(terms), max(covered)))
     if not arrow:
         once = sorted(c for c in set(left) - set(".,") if left.count(c) == 1)

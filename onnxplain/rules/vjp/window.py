@@ -95,9 +95,7 @@ def extents_of(n: Call, extents: Sizes | None) -> Sizes:
     return extents
 
 
-def spread(
-    op: Emitter, g: ir.Value, w: ir.Value, at: Window, x: ir.Value, group: int
-) -> ir.Value:
+def spread(op: Emitter, g: ir.Value, w: ir.Value, at: Window, x: ir.Value, group: int) -> ir.Value:
     """The adjoint of ``y = Conv(x, w)`` in ``x``: every value of ``g`` goes back to its window."""
     tail = at.tail(x)
     slide = {"group": group, "strides": at.strides, "dilations": at.dilations}
@@ -160,9 +158,7 @@ def _phases(
                 ahead, first = divmod(position + b, s)
                 taps = -(-(e - first) // s)
                 phases.append(
-                    _Phase(
-                        first + s * (taps - 1), s, taps - 1 - ahead, steps - windows + ahead
-                    )
+                    _Phase(first + s * (taps - 1), s, taps - 1 - ahead, steps - windows + ahead)
                 )
             if d != 1:
                 return None
@@ -284,11 +280,15 @@ def _pads(
         total: np.ndarray | None = np.asarray(extents) - 1
     else:
         sizes = known(dims(x)[2:])
-        total = None if sizes is None else np.array(
-            [
-                max((-(-i // s) - 1) * s + e - i, 0)
-                for i, s, e in zip(sizes, strides, extents, strict=True)
-            ]
+        total = (
+            None
+            if sizes is None
+            else np.array(
+                [
+                    max((-(-i // s) - 1) * s + e - i, 0)
+                    for i, s, e in zip(sizes, strides, extents, strict=True)
+                ]
+            )
         )
     if total is not None:
         small, large = tuple((total // 2).tolist()), tuple((total - total // 2).tolist())
