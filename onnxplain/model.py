@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxplain.errors import InputError
-from onnxplain.graph import batch, grad, load, normalize, opset, outputs, shapes
+from onnxplain.graph import batch, edit, grad, load, normalize, opset, outputs, shapes
 from onnxplain.graph.emit import Emitter, const_array, dims, is_float
 from onnxplain.graph.names import Layer, Names
 from onnxplain.rules import Rules
@@ -182,12 +182,12 @@ class Model:
 
         def build() -> ir.Model:
             copy = self.graph.clone()
-            index = grad.value_index(copy.graph)
+            index = edit.value_index(copy.graph)
             copy.graph.outputs[:] = [index[n] for n in names]
             for value in copy.graph.outputs:
                 if value.is_graph_input() or value.is_initializer():
                     raise InputError(f"'{value.name}' is an input, not a computed value")
-            grad.prune(copy)
+            edit.prune(copy)
             return copy
 
         return self.program(("forward", tuple(names)), build)
@@ -232,10 +232,9 @@ class Model:
         BatchNormalization is folded into convolutions, except where one of these values lies in
         between.
         """
-        copy = self.graph.clone()
+        copy, copies = edit.clone(self.graph, values)
         normalize.fold_batchnorm(copy, {v.name or "" for v in values})
-        index = grad.value_index(copy.graph)
-        return copy, [index[v.name or ""] for v in values]
+        return copy, copies
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the (normalized) model as a standard ``.onnx`` file."""

@@ -19,7 +19,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from onnxplain.graph import shapes
-from onnxplain.graph.grad import differentiate, value_index
+from onnxplain.graph.edit import value_index
+from onnxplain.graph.grad import differentiate
 from onnxplain.rules import Rules
 from onnxplain.rules.vjp import VJP
 from tests.reference import CORRECTED

@@ -19,9 +19,8 @@ import onnx_ir as ir
 
 from onnxplain.errors import InputError, RuntimeMissingError
 from onnxplain.graph import shapes
-from onnxplain.graph.edit import BATCH
+from onnxplain.graph.edit import BATCH, clone, prune, reads
 from onnxplain.graph.emit import Dim, Emitter, const_array, is_float
-from onnxplain.graph.grad import clone, prune, reads
 from onnxplain.graph.normalize import Evaluate, fold_constants
 
 _GROUPS = 3  # fixed-size batches that are run together in the proof

@@ -1,4 +1,4 @@
-"""Edits of a graph: feed a value, a second forward pass on a reference, many rows an example."""
+"""Edits of a graph: copy, prune, feed a value, a second forward pass, many rows an example."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import onnx_ir as ir
 
 from onnxplain.errors import UnsupportedModelError
 from onnxplain.graph.emit import Emitter, dims, is_float, rank
-from onnxplain.graph.grad import reads
 from onnxplain.rules.affine import is_affine
 
 BATCH = "examples"
@@ -24,6 +23,50 @@ def new_input(
     value = ir.Value(name=name, type=ir.TensorType(like.dtype), shape=ir.Shape(shape))
     graph.inputs.append(value)
     return value
+
+
+def clone(model: ir.Model, values: Sequence[ir.Value] = ()) -> tuple[ir.Model, list[ir.Value]]:
+    """A copy of a model that shares its weights, and the copies of some of its values."""
+    names = [v.name for v in values]
+    copy = model.clone()
+    index = value_index(copy.graph)
+    return copy, [index[n or ""] for n in names]
+
+
+def value_index(graph: ir.Graph) -> dict[str, ir.Value]:
+    """Every value of a graph by its name."""
+    index = {v.name or "": v for v in graph.inputs}
+    index |= dict(graph.initializers)
+    index |= {v.name or "": v for node in graph for v in node.outputs}
+    return index
+
+
+def prune(model: ir.Model) -> None:
+    """Drop the nodes and weights that no output needs."""
+    graph = model.graph
+    keep = set(graph.outputs)
+    for node in reversed(list(graph)):
+        if not any(out in keep or out.uses() for out in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if value not in keep and not value.uses() and not value.is_graph_input():
+            del graph.initializers[name]
+
+
+def reads(node: ir.Node) -> Iterable[ir.Value]:
+    """Values a node reads, those captured by its subgraphs included."""
+    yield from (v for v in node.inputs if v is not None)
+    for attr in node.attributes.values():
+        graphs: Iterable[ir.Graph] = ()
+        if attr.type == ir.AttributeType.GRAPH:
+            graphs = (attr.as_graph(),)
+        elif attr.type == ir.AttributeType.GRAPHS:
+            graphs = attr.as_graphs()
+        for graph in graphs:
+            inner = set(graph.inputs) | set(graph.initializers.values())
+            inner |= {v for n in graph for v in n.outputs}
+            yield from (v for n in graph for v in reads(n) if v not in inner)
+            yield from (v for v in graph.outputs if v not in inner)
 
 
 def nodes_within(node: ir.Node) -> Iterable[ir.Node]:

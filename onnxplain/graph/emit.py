@@ -48,8 +48,7 @@ def dims(value: ir.Value) -> tuple[Dim, ...]:
             "export the model with shape information (or fixed input ranks)"
         )
     return tuple(
-        d if isinstance(d, int) else (d.value if d.value else None)
-        for d in value.shape.dims
+        d if isinstance(d, int) else (d.value if d.value else None) for d in value.shape.dims
     )
 
 

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from onnxplain.errors import LayerError, NoRuleError, NotDifferentiableError
 from onnxplain.graph import functions
+from onnxplain.graph.edit import clone, prune, reads, value_index
 from onnxplain.graph.emit import Call, Emitter, const_array, is_float
 from onnxplain.rules import Rule, Rules
 from onnxplain.rules.vjp import NO_DERIVATIVE, VJP
@@ -123,56 +124,12 @@ def differentiate(
     return model
 
 
-def clone(model: ir.Model, values: Sequence[ir.Value] = ()) -> tuple[ir.Model, list[ir.Value]]:
-    """A copy of a model that shares its weights, and the copies of some of its values."""
-    names = [v.name for v in values]
-    copy = model.clone()
-    index = value_index(copy.graph)
-    return copy, [index[n or ""] for n in names]
-
-
-def value_index(graph: ir.Graph) -> dict[str, ir.Value]:
-    """Every value of a graph by its name."""
-    index = {v.name or "": v for v in graph.inputs}
-    index |= dict(graph.initializers)
-    index |= {v.name or "": v for node in graph for v in node.outputs}
-    return index
-
-
 def _free(graph: ir.Graph, name: str) -> str:
     """``name``, with underscores behind it until no value has it."""
     taken = value_index(graph)
     while name in taken:
         name += "_"
     return name
-
-
-def prune(model: ir.Model) -> None:
-    """Drop the nodes and weights that no output needs."""
-    graph = model.graph
-    keep = set(graph.outputs)
-    for node in reversed(list(graph)):
-        if not any(out in keep or out.uses() for out in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if value not in keep and not value.uses() and not value.is_graph_input():
-            del graph.initializers[name]
-
-
-def reads(node: ir.Node) -> Iterable[ir.Value]:
-    """Values a node reads, those captured by its subgraphs included."""
-    yield from (v for v in node.inputs if v is not None)
-    for attr in node.attributes.values():
-        graphs: Iterable[ir.Graph] = ()
-        if attr.type == ir.AttributeType.GRAPH:
-            graphs = (attr.as_graph(),)
-        elif attr.type == ir.AttributeType.GRAPHS:
-            graphs = attr.as_graphs()
-        for graph in graphs:
-            inner = set(graph.inputs) | set(graph.initializers.values())
-            inner |= {v for n in graph for v in n.outputs}
-            yield from (v for n in graph for v in reads(n) if v not in inner)
-            yield from (v for v in graph.outputs if v not in inner)
 
 
 class _Active:

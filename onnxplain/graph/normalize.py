@@ -21,8 +21,8 @@ from onnx_ir.passes.common import (
 
 from onnxplain.errors import ModelError, UnsupportedModelError
 from onnxplain.graph import shapes
+from onnxplain.graph.edit import clone, prune, reads, value_index
 from onnxplain.graph.emit import const_array
-from onnxplain.graph.grad import clone, prune, reads, value_index
 
 Evaluate = Callable[[ir.Model, dict[str, np.ndarray]], dict[str, np.ndarray]]
 """Runs a model: feeds by input name -> every output by name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -15,20 +15,27 @@ SMALL = 64
 _OPAQUE = ("GroupNormalization", "MeanVarianceNormalization")
 
 
-def skeleton(model: ir.Model) -> onnx.ModelProto:
-    """The model as inference reads it: large weights are left out and declared as inputs."""
+def without(
+    model: ir.Model, left_out: Callable[[ir.TensorProtocol], bool]
+) -> tuple[onnx.ModelProto, dict[str, ir.Value]]:
+    """The model as a protobuf without some of its initializers, and these by name."""
     graph = model.graph
     large = {
         name: value
         for name, value in graph.initializers.items()
-        if value.const_value is not None and math.prod(value.const_value.shape.numpy()) > SMALL
+        if value.const_value is not None and left_out(value.const_value)
     }
     for name in large:
         del graph.initializers[name]
     try:
-        proto = ir.to_proto(model)
+        return ir.to_proto(model), large
     finally:
         graph.initializers.update(large)
+
+
+def skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model as a protobuf whose large weights are left out and declared as inputs."""
+    proto, large = without(model, lambda tensor: math.prod(tensor.shape.numpy()) > SMALL)
     inputs = {i.name for i in proto.graph.input}
     for name, value in large.items():
         if name not in inputs:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxplain.graph.edit import new_input
+from onnxplain.graph.edit import new_input, prune
 from onnxplain.graph.emit import Emitter, dims
-from onnxplain.graph.grad import backward, prune
+from onnxplain.graph.grad import backward
 from onnxplain.methods.base import Attribution, Layers, Question
 from onnxplain.model import Model
 from onnxplain.run.feeds import Arrays

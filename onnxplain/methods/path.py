@@ -11,9 +11,17 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import InputError, OutOfMemoryError
-from onnxplain.graph.edit import Rows, affine_frontier, merge_rows, new_input, split_rows, twin
+from onnxplain.graph.edit import (
+    Rows,
+    affine_frontier,
+    merge_rows,
+    new_input,
+    prune,
+    split_rows,
+    twin,
+)
 from onnxplain.graph.emit import Emitter, dims, rank
-from onnxplain.graph.grad import backward, prune
+from onnxplain.graph.grad import backward
 from onnxplain.methods import target as targets
 from onnxplain.methods.base import Attribution, Layers, Question
 from onnxplain.methods.gradient import HALVES, emit_attribution

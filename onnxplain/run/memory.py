@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxplain.graph import shapes
-from onnxplain.graph.grad import reads
+from onnxplain.graph.edit import reads
 
 # onnxruntime's arena rounds sizes up and keeps freed blocks; measured peaks stay under this
 # multiple of the live bytes.

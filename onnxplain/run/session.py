@@ -22,6 +22,7 @@ from onnxplain.errors import (
     RuntimeMissingError,
     UnsupportedModelError,
 )
+from onnxplain.graph import shapes
 
 log = logging.getLogger("onnxplain")
 
@@ -190,18 +191,7 @@ def _compile(model: ir.Model, providers: Sequence[Provider], options: Any) -> An
 
 def _split_weights(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, Any]]:
     """The graph as a small protobuf, and its large weights as onnxruntime values."""
-    graph = model.graph
-    large = {
-        name: value
-        for name, value in graph.initializers.items()
-        if value.const_value is not None and _movable(value.const_value)
-    }
-    for name in large:
-        del graph.initializers[name]
-    try:
-        proto = ir.to_proto(model)
-    finally:
-        graph.initializers.update(large)
+    proto, large = shapes.without(model, _movable)
     # A rewritten graph may use one symbol for two sizes (examples, and rows of all their steps):
     # onnxruntime infers shapes itself and must not plan its buffers by ours.
     del proto.graph.value_info[:]

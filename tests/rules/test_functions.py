@@ -9,7 +9,7 @@ import pytest
 
 from onnxplain.errors import NoRuleError
 from onnxplain.graph import functions
-from onnxplain.graph.grad import value_index
+from onnxplain.graph.edit import value_index
 from tests.projection import Case, check, check_adjoint, gradient, load, make_model
 
 rng = np.random.default_rng(0)

@@ -12,7 +12,8 @@ import pytest
 
 from onnxplain.errors import NotDifferentiableError
 from onnxplain.graph import shapes
-from onnxplain.graph.grad import differentiate, value_index
+from onnxplain.graph.edit import value_index
+from onnxplain.graph.grad import differentiate
 
 rng = np.random.default_rng(0)
 

@@ -28,7 +28,7 @@ def max_pool(op: Emitter, n: Call, g: Any) -> Any:
     x, kernel = n.x[0], n.attr("kernel_shape")
     at, sizes = window(op, n, kernel), known(dims(x)[1:])
     tail = at.tail(x)
-    if tail is None or sizes is None:
+    if tail is None or sizes is None or any(t >= k for t, k in zip(tail, kernel, strict=True)):
         return _to_indices(op, n, g)
     begin: Sizes = at.begin  # type: ignore[assignment]
     lanes = [
@@ -112,7 +112,7 @@ def _shifted(op: Emitter, x: ir.Value, pads: list[int], axis: int, fill: float) 
 
 
 def _to_indices(op: Emitter, n: Call, g: ir.Value) -> ir.Value:
-    """The gradient of MaxPool where sizes are unknown."""
+    """The gradient of MaxPool where sizes are unknown, or padding wider than onnxruntime takes."""
     x = n.x[0]
     names = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
     _, chosen = op.MaxPool(x, _outputs=2, **n.attrs(*names))
