@@ -109,7 +109,16 @@ class Model:
     @property
     def inputs(self) -> tuple[InputInfo, ...]:
         """The inputs: name, dtype, shape with symbols."""
-        return tuple(InputInfo.of(v) for v in self.graph.graph.inputs)
+        found = []
+        for value in self.graph.graph.inputs:
+            info = InputInfo.of(value)
+            axis = self.axes.get(info.name)
+            if axis and info.shape is not None:
+                rest = list(info.shape[1:])
+                rest.insert(axis, info.shape[0])
+                info = InputInfo(info.name, info.dtype, tuple(rest))
+            found.append(info)
+        return tuple(found)
 
     @property
     def outputs(self) -> tuple[InputInfo, ...]:
@@ -266,15 +275,18 @@ def differentiate(
     if not sources:
         raise InputError("wrt is empty: name at least one input or layer")
     copy, (target, *sources) = model.rewriting(target, *sources)
+    known = {v.name for v in copy.graph.inputs}
     backward = grad.differentiate(copy, target, sources, VJP if rules is None else rules)
+    _move_axes(backward, model.axes, back=True)
     shapes.infer(backward)
+    new = [v.name or "" for v in backward.graph.inputs if v.name not in known]
     return Model(
         backward,
-        output=f"{sources[0].name}.grad",
+        output=backward.graph.outputs[1].name,
         providers=model.settings.providers,
         session_options=model.settings.session_options,
         memory_limit=model.settings.memory_limit,
-        examples_axis=None if not model.has_examples else {**model.axes, "cotangent": 0},
+        examples_axis={**model.axes, **dict.fromkeys(new, 0)} if model.has_examples else None,
     )
 
 
@@ -305,27 +317,38 @@ def _axes(
     return {name: given.get(name, 0) for name in names}
 
 
-def _move_axes(model: ir.Model, axes: Mapping[str, int | None]) -> None:
-    """Put the examples axis of every input first; the graph moves it back itself."""
+def _move_axes(model: ir.Model, axes: Mapping[str, int | None], back: bool = False) -> None:
+    """Put the examples axis of every input first; the graph moves it back itself.
+
+    ``back`` undoes this for a derivative: its inputs, and the gradients by them, have the axis where
+    the user has it.
+    """
     graph = model.graph
     op = Emitter(graph, "axis")
-    moved = False
+    moved = {name: axis for name, axis in axes.items() if axis}
     for i, value in enumerate(graph.inputs):
-        axis = axes.get(value.name or "")
-        if not axis:
+        if value.name not in moved:
             continue
-        d = dims(value)
+        axis, d = moved[value.name], dims(value)
         if not 0 <= axis < len(d):
             raise InputError(
                 f"examples_axis {axis} of input '{value.name}' is outside its {len(d)} dimensions"
             )
-        order = [axis, *(k for k in range(len(d)) if k != axis)]
+        first = [axis, *(k for k in range(len(d)) if k != axis)]
+        given = [int(k) for k in np.argsort(first)]
+        order = given if back else first
         fresh = ir.Value(name=value.name, type=value.type, shape=ir.Shape([d[k] for k in order]))
-        back = op.Transpose(fresh, perm=[int(k) for k in np.argsort(order)])
-        back.shape, back.type = value.shape, value.type
-        ir.convenience.replace_all_uses_with(value, back)
+        same = op.Transpose(fresh, perm=first if back else given)
+        same.shape, same.type = value.shape, value.type
+        ir.convenience.replace_all_uses_with(value, same)
         graph.inputs[i] = fresh
-        moved = True
+        for j, out in enumerate(graph.outputs):
+            if back and out.name == f"{fresh.name}.grad":
+                out.name = op.name("grad")
+                turned = op.Transpose(out, perm=given)
+                turned.name = f"{fresh.name}.grad"
+                turned.type, turned.shape = out.type, ir.Shape([dims(out)[k] for k in given])
+                graph.outputs[j] = turned
     if moved:
         graph.sort()
         shapes.infer(model)

@@ -334,3 +334,43 @@ def test_seven_rows_equal_one_by_one(square: ox.Model) -> None:
     together = ig.attribute(x, target=2)
     alone = np.concatenate([ig.attribute(row[None], target=2) for row in x])
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_examples_axis_elsewhere() -> None:
+    """Sequence-first models: the examples axis is where the user has it, on the way in and out."""
+    text = (
+        HEAD
+        + """g (float[T,N,4] state, float[4] rate) => (float[N] y) {
+        m = Mul(state, rate)
+        q = Mul(m, m)
+        axes = Constant<value_ints=[0, 2]>()
+        y = ReduceSum<keepdims=0>(q, axes)
+    }"""
+    )
+    m = model(text, examples_axis={"state": 1, "rate": None})
+    state = rng.standard_normal((3, 6, 4)).astype(np.float32)
+    rate = rng.standard_normal(4).astype(np.float32)
+    assert m.inputs[0].shape == ("T", "examples", 4)
+    np.testing.assert_allclose(m((state, rate))["y"], ((state * rate) ** 2).sum((0, 2)), rtol=1e-4)
+    want = 2 * state * rate**2
+    got = ox.Saliency(m).attribute(state, abs=False, additional_forward_args=rate)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    got, delta = ox.IntegratedGradients(m).attribute(
+        state, state * 0.5, additional_forward_args=rate, return_convergence_delta=True
+    )
+    np.testing.assert_allclose(got, 0.75 * (state * rate) ** 2, rtol=1e-3, atol=1e-5)
+    assert delta.shape == (6,)
+    backward = ox.differentiate(m, of="y", wrt=["state"])
+    found = backward({"state": state, "rate": rate, "cotangent": np.ones(6, np.float32)})
+    assert [i.shape for i in backward.inputs][0] == ("T", "examples", 4)
+    np.testing.assert_allclose(found["state.grad"], want, rtol=1e-4, atol=1e-6)
+
+
+def test_no_examples_axis() -> None:
+    m = model(SQUARE, {"w": W}, examples_axis=None)
+    np.testing.assert_allclose(m(X)["y"], (X * X) @ W, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ox.UnsupportedModelError, match="examples_axis=None"):
+        ox.Saliency(m)
+    backward = ox.differentiate(m, of="y", wrt=["x"])
+    got = backward({"x": X, "cotangent": np.ones((5, 3), np.float32)})
+    np.testing.assert_allclose(got["x.grad"], 2 * X * W.sum(1), rtol=1e-4, atol=1e-5)

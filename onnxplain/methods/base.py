@@ -6,9 +6,9 @@ A method explains one value of the graph (``of``: the output, or a neuron of a l
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -35,6 +35,7 @@ class Question:
     at_once: bool
     form: str
     groups: tuple[int, ...] | None
+    axes: Mapping[str, int | None]
 
     @property
     def key(self) -> Hashable:
@@ -44,14 +45,31 @@ class Question:
     def answer(self, arrays: Sequence[np.ndarray]) -> Any:
         """Attributions in the form in which the sources were named."""
         if self.groups is None:
-            names = [v.name or "" for v in self.wrt]
-            return in_form(dict(zip(names, arrays, strict=True)), self.form)
+            found = {
+                v.name or "": np.moveaxis(array, 0, self.axes[v.name or ""] or 0)
+                for v, array in zip(self.wrt, arrays, strict=True)
+            }
+            return in_form(found, self.form)
         out, start = [], 0
         for size in self.groups:
             part = tuple(arrays[start : start + size])
             out.append(part if size > 1 else part[0])
             start += size
         return out if self.form == "list" else out[0]
+
+
+    def sums(self, answer: Any) -> np.ndarray:
+        """The sum of each example's attributions in an answer over all sources, float64 [N]."""
+        parts = list(answer.values()) if isinstance(answer, Mapping) else answer
+        if not isinstance(parts, tuple | list):
+            parts = (parts,)
+        flat = [a for part in parts for a in (part if isinstance(part, tuple) else (part,))]
+        if self.groups is None:
+            flat = [
+                np.moveaxis(a, self.axes[v.name or ""] or 0, 0)
+                for v, a in zip(self.wrt, flat, strict=True)
+            ]
+        return np.asarray(sum(a.reshape(len(a), -1).sum(axis=1, dtype=np.float64) for a in flat))
 
 
 class Attribution:
@@ -83,7 +101,9 @@ class Attribution:
             )
         self.model = model
         self._of = of
-        self._wrt = wrt
+        self._wrt: str | list[str] | None = (
+            list(wrt) if isinstance(wrt, list | tuple) else cast("str | None", wrt)
+        )
         self._resolve(False, False)  # unknown names are refused where they are given
 
     @property
@@ -96,7 +116,7 @@ class Attribution:
         """Names of what it is explained by."""
         if self._wrt is None:
             return tuple(i.name for i in self.model.inputs)
-        return (self._wrt,) if isinstance(self._wrt, str) else tuple(self._wrt)
+        return tuple(self._wrt) if isinstance(self._wrt, list) else (self._wrt,)
 
     def has_convergence_delta(self) -> bool:
         """Whether :meth:`attribute` can return a convergence delta."""
@@ -139,7 +159,7 @@ class Attribution:
             wrt = tuple(by_name[name] for name in feeds.explained)
         else:
             wrt = tuple(v for group in groups for v in group)
-            form = "array" if isinstance(self._wrt, str) else "list"
+            form = "list" if isinstance(self._wrt, list) else "array"
         for value in wrt:
             self._check_source(value)
         if not is_float(of):
@@ -171,6 +191,7 @@ class Attribution:
             at_once,
             form,
             None if groups is None else tuple(len(g) for g in groups),
+            self.model.axes,
         )
 
     def _check_source(self, value: ir.Value) -> None:

@@ -240,4 +240,4 @@ class LayerActivation(Attribution):
             tuple(found[v.name or ""] for v in g) if len(g) > 1 else found[g[0].name or ""]
             for g in groups
         ]
-        return results[0] if isinstance(self._wrt, str) else results
+        return results if isinstance(self._wrt, list) else results[0]

@@ -97,12 +97,14 @@ def named_baselines(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.
             array = np.asarray(baseline)
             if array.shape == x.shape[1:]:
                 array = array[None]
+            elif array.ndim == x.ndim:
+                array = np.moveaxis(array, model.axes[name] or 0, 0)
         if array.shape[1:] != x.shape[1:] or array.shape[0] not in (1, len(x)):
             raise InputError(
                 f"baseline of '{name}': shape {list(array.shape)} was given for an input of shape "
                 f"{list(x.shape)}; give that shape, the same with first dimension 1, or a number"
             )
-        found[name] = check_array(values[name], array, "baseline of")
+        found[name] = check_array(values[name], array, 0, "baseline of")
     return found
 
 
@@ -206,7 +208,7 @@ class IntegratedGradients(Attribution):
             return result, {}
         starts = named_baselines(self.model, question.feeds, arguments.get("baselines"))
         explained = self._difference(question, starts)
-        delta = _sums(result) - explained
+        delta = question.sums(result) - explained
         size = np.maximum(np.abs(explained), np.finfo(np.float32).tiny)
         return result, {
             "convergence_delta": delta,
@@ -331,14 +333,13 @@ class IntegratedGradients(Attribution):
         """How many steps of one example fit the memory."""
         if self.model.fixed_batch is not None:
             return 1
-        one = {
-            k: take(v, slice(0, 1)).shape
-            for k, v in {**question.feeds.arrays, **rows}.items()
-            if k not in self.model.axes or self.model.axes[k] is not None
-        }
-        one |= {k: v.shape for k, v in question.feeds.arrays.items() if k not in one}
-        one |= {k: v.shape for k, v in same.items()} | {"positions": (1,), "weights": (1,)}
-        return program.fitting(one, steps if at_most is None else min(steps, at_most))
+        arrays = {k: v for k, v in question.feeds.arrays.items() if self.model.axes[k] is not None}
+        row = {k: take(v, slice(0, 1)).shape for k, v in {**arrays, **rows}.items()}
+        shared = {k: v.shape for k, v in question.feeds.arrays.items() if k not in row}
+        shared |= {k: v.shape for k, v in same.items()}
+        # A step costs what a row of one step costs.
+        size = program.fitting(row, shared | {"positions": (1,), "weights": (1,)}, steps)
+        return size if at_most is None else min(size, at_most)
 
     def _build(self, question: Question) -> ir.Model:
         """The explainer.
@@ -434,7 +435,7 @@ class IntegratedGradients(Attribution):
             self._explained(question, self.model.run(program, replace(feeds, arrays=fed))[name])
             for fed in (feeds.arrays, feeds.arrays | begins)
         ]
-        total = _sums(result)
+        total = question.sums(result)
         if question.at_once:
             total = total.sum(keepdims=True)
         return np.asarray(total - (ends[0] - ends[1]))
@@ -537,15 +538,6 @@ def _split_feeds(
     fed = {f"{k}.baseline": v for k, v in starts.items()}
     rows = {k: v for k, v in fed.items() if len(v) == question.feeds.count}
     return rows, {k: v for k, v in fed.items() if k not in rows}
-
-
-def _sums(result: Any) -> np.ndarray:
-    """The sum of each example's attributions over all sources, float64 [N]."""
-    parts = list(result.values()) if isinstance(result, Mapping) else result
-    if not isinstance(parts, tuple | list):
-        parts = (parts,)
-    flat = [a for part in parts for a in (part if isinstance(part, tuple) else (part,))]
-    return np.asarray(sum(a.reshape(len(a), -1).sum(axis=1, dtype=np.float64) for a in flat))
 
 
 def _wide(value: ir.Value) -> ir.DataType:

@@ -112,17 +112,15 @@ def check_inputs(
             f"the model also needs {'; '.join(missing)}. Pass all inputs as a tuple or dict, or "
             "those that are not explained as additional_forward_args"
         )
-    checked = {v.name or "": check_array(v, arrays[v.name or ""]) for v in infos}
+    checked = {
+        v.name or "": check_array(v, arrays[v.name or ""], axes.get(v.name or "")) for v in infos
+    }
     count = _count(checked, axes)
     return Feeds(checked, explained, form, count)
 
 
 def _count(arrays: Mapping[str, np.ndarray], axes: Mapping[str, int | None]) -> int:
-    counts = {
-        name: array.shape[axis]
-        for name, array in arrays.items()
-        if (axis := axes.get(name)) is not None and array.ndim > axis
-    }
+    counts = {name: array.shape[0] for name, array in arrays.items() if axes.get(name) is not None}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{k}: {v}" for k, v in counts.items())
         raise InputError(
@@ -132,8 +130,17 @@ def _count(arrays: Mapping[str, np.ndarray], axes: Mapping[str, int | None]) -> 
     return next(iter(counts.values()), 1)
 
 
-def check_array(value: ir.Value, given: Any, what: str = "input") -> np.ndarray:
-    """One input as an array of the model's dtype and a shape that fits."""
+def check_array(
+    value: ir.Value, given: Any, axis: int | None = None, what: str = "input"
+) -> np.ndarray:
+    """One input as an array of the model's dtype and a shape that fits, examples axis first.
+
+    Args:
+        value: the model's input.
+        given: what the user gave.
+        axis: the axis of it that counts examples, of any number; None: it has none.
+        what: what it is called in errors.
+    """
     info = InputInfo.of(value)
     where = f"{what} '{info.name}'"
     try:
@@ -143,21 +150,21 @@ def check_array(value: ir.Value, given: Any, what: str = "input") -> np.ndarray:
             f"{where}: can't be made an array ({error}); pass a numpy array"
         ) from error
     array = _as_dtype(value, array, where)
-    if info.shape is not None:
-        fits = array.ndim == len(info.shape) and all(
-            not isinstance(d, int) or d == n for d, n in zip(info.shape, array.shape, strict=True)
+    if info.shape is None:
+        return array
+    wanted: list[Dim] = list(info.shape)
+    if axis is not None:
+        wanted[:1] = []
+        wanted.insert(axis, None)
+    if array.ndim != len(wanted) or any(
+        isinstance(d, int) and d != n for d, n in zip(wanted, array.shape, strict=True)
+    ):
+        shown = ", ".join(str(d) if isinstance(d, int) else "any" for d in wanted)
+        hint = "; add an examples axis in front (x[None])" if array.ndim == len(wanted) - 1 else ""
+        raise InputError(
+            f"{where}: shape {list(array.shape)} was given, but the model takes [{shown}]{hint}"
         )
-        if not fits:
-            raise InputError(
-                f"{where}: shape {list(array.shape)} was given, but the model takes "
-                f"[{', '.join('any' if not isinstance(d, int) else str(d) for d in info.shape)}]"
-                + (
-                    "; add an examples axis in front (x[None])"
-                    if array.ndim == len(info.shape) - 1
-                    else ""
-                )
-            )
-    return array
+    return np.moveaxis(array, axis, 0) if axis else array
 
 
 def _as_dtype(value: ir.Value, array: np.ndarray, where: str) -> np.ndarray:

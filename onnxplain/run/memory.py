@@ -12,9 +12,13 @@ import onnx_ir as ir
 from onnxplain.graph import shapes
 from onnxplain.graph.edit import reads
 
-# onnxruntime's arena rounds sizes up and keeps freed blocks; measured peaks stay under this
-# multiple of the live bytes.
+# onnxruntime's arena rounds sizes up and keeps freed blocks, and its blocked layouts pad channels:
+# the memory of most networks stays under this multiple of the live bytes.
 ARENA_FACTOR = 2.0
+# The part of the estimated room that a first chunk takes, when its cost is to be measured.
+FIRST_SHARE = 4
+# The part of the room that a chunk of measured cost takes; the runtime's blocks only fit roughly.
+MEASURED_SHARE = 0.75
 # The share of free memory that is used when the user names no limit.
 DEFAULT_SHARE = 0.5
 # Beyond this a larger chunk only falls out of the processor's caches.

@@ -29,6 +29,15 @@ class Settings:
     memory_limit: int | None = None
 
 
+@dataclass
+class _Cost:
+    """Bytes that a graph holds at once: for each row, besides, and for each row as measured."""
+
+    row: int
+    fixed: int
+    measured: float = 0.0
+
+
 class Program:
     """A graph and its session.
 
@@ -43,7 +52,7 @@ class Program:
         self.settings = settings
         self.batch = batch
         self._session: Session | None = None
-        self._bytes: dict[Any, tuple[int, int]] = {}
+        self._costs: dict[Any, _Cost] = {}
 
     @property
     def session(self) -> Session:
@@ -54,35 +63,45 @@ class Program:
             )
         return self._session
 
-    def fitting(self, feeds: Mapping[str, tuple[int, ...]], rows: int) -> int:
-        """How many rows (at least 1, at most ``rows``) fit the memory allowed.
+    def fitting(
+        self,
+        row: Mapping[str, tuple[int, ...]],
+        shared: Mapping[str, tuple[int, ...]],
+        count: int,
+    ) -> int:
+        """How many rows (at least 1, at most ``count``) fit the memory allowed.
 
         Args:
-            feeds: the shapes of all inputs for one row.
-            rows: how many there are.
+            row: the shapes of one row of each input that has rows.
+            shared: the shapes of the other inputs.
+            count: how many rows there are.
         """
-        key = tuple(sorted(feeds.items()))
-        if key not in self._bytes:
-            one = memory.live_bytes(self.model, feeds)
-            more = {
-                k: s if k in self._shared(feeds) else (2 * s[0], *s[1:]) for k, s in feeds.items()
-            }
-            two = memory.live_bytes(self.model, more)
-            self._bytes[key] = (max(two - one, 1), max(2 * one - two, 0))
-        slope, fixed = self._bytes[key]
-        room = memory.budget(self.settings.memory_limit) / memory.ARENA_FACTOR
-        if self.session.providers[0] == "CPUExecutionProvider":
+        cost = self._cost(row, shared)
+        room = float(memory.budget(self.settings.memory_limit))
+        if cost.measured:
+            more = room * memory.MEASURED_SHARE / cost.measured
+            return int(min(max(more, 1), count))
+        room /= memory.ARENA_FACTOR
+        if self._on_cpu:
             room = min(room, memory.CPU_SWEET_SPOT)
-        return int(min(max((room - fixed) // slope, 1), rows))
+            if self.settings.memory_limit is not None:
+                room /= memory.FIRST_SHARE  # the estimate is measured before it is relied upon
+        return int(min(max((room - cost.fixed) // cost.row, 1), count))
 
-    def _shared(self, feeds: Mapping[str, tuple[int, ...]]) -> set[str]:
-        """Inputs whose first axis does not count rows."""
-        symbolic = {
-            v.name or ""
-            for v in self.model.graph.inputs
-            if v.shape is not None and len(v.shape) and not isinstance(v.shape[0], int)
-        }
-        return {k for k in feeds if k not in symbolic or not feeds[k]}
+    def _cost(
+        self, row: Mapping[str, tuple[int, ...]], shared: Mapping[str, tuple[int, ...]]
+    ) -> _Cost:
+        key = (tuple(sorted(row.items())), tuple(sorted(shared.items())))
+        if key not in self._costs:
+            one = memory.live_bytes(self.model, {**row, **shared})
+            twice = {k: (2 * s[0], *s[1:]) for k, s in row.items()}
+            two = memory.live_bytes(self.model, {**twice, **shared})
+            self._costs[key] = _Cost(max(two - one, 1), max(2 * one - two, 0))
+        return self._costs[key]
+
+    @property
+    def _on_cpu(self) -> bool:
+        return bool(self.session.providers[0] == "CPUExecutionProvider")
 
     def chunks(
         self,
@@ -101,10 +120,17 @@ class Program:
         """
         if count == 0:
             raise InputError("the input has no rows: there is nothing to run")
-        size = self.batch or self._first_chunk(rows, shared, count)
-        if at_most is not None and self.batch is None:
-            size = max(1, min(size, at_most))
-        start = 0
+        row = {name: take(feed, slice(0, 1)).shape for name, feed in rows.items()}
+        same = {name: feed.shape for name, feed in shared.items()}
+
+        def choose() -> int:
+            if self.batch is not None or count == 1:
+                return self.batch or 1
+            return self.fitting(row, same, min(count, max(at_most or count, 1)))
+
+        limited = self.settings.memory_limit is not None and self._on_cpu and self.batch is None
+        cost = self._cost(row, same) if limited else _Cost(0, 0)
+        size, start = choose(), 0
         while start < count:
             piece = slice(start, min(start + size, count))
             feeds = {name: take(feed, piece) for name, feed in rows.items()}
@@ -114,7 +140,9 @@ class Program:
                     k: np.concatenate([v, v[-1:].repeat(missing, 0)]) for k, v in feeds.items()
                 }
             try:
-                results = self.session({**feeds, **shared}, outputs)
+                last = piece.stop == count and limited
+                before = memory.resident_bytes() if limited else 0
+                results = self.session({**feeds, **shared}, outputs, give_back=last)
             except OutOfMemoryError as error:
                 if size == 1 or self.batch:
                     raise OutOfMemoryError(
@@ -128,15 +156,10 @@ class Program:
                 results = {k: v[: piece.stop - piece.start] for k, v in results.items()}
             yield piece, results
             start = piece.stop
-
-    def _first_chunk(
-        self, rows: Mapping[str, Rows], shared: Mapping[str, np.ndarray], count: int
-    ) -> int:
-        if count == 1:
-            return 1
-        one = {name: take(feed, slice(0, 1)).shape for name, feed in rows.items()}
-        one |= {name: feed.shape for name, feed in shared.items()}
-        return self.fitting(one, count)
+            if limited and not last and not cost.measured:
+                # Estimates don't know the runtime's blocked layouts, workspaces and order.
+                cost.measured = max((memory.resident_bytes() - before) / size, cost.row)
+                size = choose()
 
     def run(
         self,

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnxplain.errors import (
     InputError,
     ModelError,
+    OnnxplainError,
     OutOfMemoryError,
     RuntimeMissingError,
     UnsupportedModelError,
@@ -114,8 +115,11 @@ class Session:
         providers: Sequence[Provider] | None = None,
         options: Any = None,
     ) -> None:
+        chosen = choose_providers(providers)
         try:
-            self._session = _compile(model, choose_providers(providers), options)
+            self._session = _compile(model, chosen, options)
+        except OnnxplainError:
+            raise
         except Exception as error:  # onnxruntime raises a class of its own for each status
             if _is_memory_error(error):
                 raise OutOfMemoryError(f"onnxruntime could not load the graph: {error}") from error
@@ -136,9 +140,13 @@ class Session:
         )
 
     def __call__(
-        self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
+        self,
+        feeds: Mapping[str, np.ndarray],
+        outputs: Sequence[str] | None = None,
+        *,
+        give_back: bool = False,
     ) -> dict[str, np.ndarray]:
-        """Run once.
+        """Run once; ``give_back`` returns the memory that the runtime would keep for the next run.
 
         Raises:
             OutOfMemoryError: the device's memory does not suffice for these rows.
@@ -147,7 +155,7 @@ class Session:
         names = list(outputs or self.outputs)
         known = {k: v for k, v in feeds.items() if k in self.inputs}
         try:
-            results = self._session.run(names, known)
+            results = self._session.run(names, known, _giving_back() if give_back else None)
         except Exception as error:
             if _is_memory_error(error):
                 raise OutOfMemoryError(
@@ -155,6 +163,12 @@ class Session:
                 ) from error
             raise ModelError(f"onnxruntime failed while running: {_first_line(error)}") from error
         return dict(zip(names, results, strict=True))
+
+
+def _giving_back() -> Any:
+    options = runtime().RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def _first_line(error: Exception) -> str:
@@ -183,6 +197,8 @@ def _compile(model: ir.Model, providers: Sequence[Provider], options: Any) -> An
             return ort.InferenceSession(str(path), options, providers=providers)
     settings = ort.SessionOptions()
     settings.log_severity_level = 4  # what fails is raised as an error of ours
+    # A plan of the whole memory is kept beside the arena that the first run filled: twice as much.
+    settings.enable_mem_pattern = False
     proto, weights = _split_weights(model)
     if weights:
         settings.add_external_initializers(list(weights), list(weights.values()))

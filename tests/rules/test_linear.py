@@ -223,8 +223,12 @@ def test_weights_are_stored_once() -> None:
 
 def test_output_shape_of_unknown_input_is_refused() -> None:
     case = row(
-        "ConvTranspose", (2, 3, 4, 5), (3, 2, 3, 3), strides=[2, 2], output_shape=[8, 10],
+        "ConvTranspose",
+        (2, 3, 4, 5),
+        (3, 2, 3, 3),
+        strides=[2, 2],
+        output_shape=[8, 10],
         symbolic=(0,),
     )
-    with pytest.raises(UnsupportedModelError, match="output_shape.*unknown"):
+    with pytest.raises(UnsupportedModelError, match=r"output_shape.*unknown"):
         gradient(load(make_model(case)), "y0", ["x0"])

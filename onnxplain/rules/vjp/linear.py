@@ -92,11 +92,14 @@ def conv(op: Emitter, n: Call, g: Any) -> Any:
 def conv_transpose(op: Emitter, n: Call, g: Any) -> Any:
     x, w = n.x[:2]
     at, group = _transposed_window(n), n.attr("group")
-    pads = (*at.begin, *(max(e, 0) for e in at.end))  # type: ignore[misc]
+    assert isinstance(at.begin, tuple)
+    assert isinstance(at.end, tuple)
+    pads = [*at.begin, *(max(e, 0) for e in at.end)]
+    too_long = any(-e >= s for e, s in zip(at.end, at.strides, strict=True))
 
     def grad_x() -> ir.Value:
         gx = op.Conv(g, w, group=group, strides=at.strides, dilations=at.dilations, pads=pads)
-        if any(-e >= s for e, s in zip(at.end, at.strides, strict=True)):  # type: ignore[arg-type]
+        if too_long:
             axes = list(range(2, rank(x)))
             gx = op.Slice(gx, [0] * len(axes), op.Shape(x, start=2), axes)
         return gx
@@ -160,12 +163,12 @@ def _kernel_grad(
     if group == 1:
         examples = op.Transpose(x, perm=swap)
     else:  # [N, group * I, ...] as [I, group * N, ...]
-        count, inside, sizes = op.dim(x, 0), op.dim(w, 1), op.Shape(x, start=2)
-        split = op.Concat(count, op.const(np.array([group])), inside, sizes, axis=0)
+        count, each, sizes = op.dim(x, 0), op.dim(w, 1), op.sizes(x)[2:]
+        split = op.vector(count, group, each, *sizes)
         turned = op.Transpose(
             op.Reshape(x, split, allowzero=1), perm=[2, 1, 0, *range(3, 3 + axes)]
         )
-        merged = op.Concat(inside, op.Mul(count, [group]), sizes, axis=0)
+        merged = op.vector(each, op.Mul(count, [group]), *sizes)
         examples = op.Reshape(turned, merged, allowzero=1)
     gw = op.Conv(
         examples,
@@ -177,8 +180,8 @@ def _kernel_grad(
     )
     out, inside, *kernel = dims(w)
     gw.shape = ir.Shape([inside, out, *[None] * axes])
-    sizes = op.const(np.array(k)) if (k := known(kernel)) else op.Shape(w, start=2)
-    gw = op.Slice(gw, [0] * axes, sizes, swap[2:])  # without what lies behind the last window
+    stop = op.vector(*op.sizes(w)[2:])
+    gw = op.Slice(gw, [0] * axes, stop, swap[2:])  # without what lies behind the last window
     gw.shape = ir.Shape([inside, out, *kernel])
     return op.Transpose(gw, perm=swap)
 

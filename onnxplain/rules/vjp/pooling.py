@@ -36,9 +36,10 @@ def max_pool(op: Emitter, n: Call, g: Any) -> Any:
     ]
     pooled = [(x, list(sizes))]
     for axis in reversed(range(len(lanes))):
-        value, shape = pooled[-1]
-        pooled.append(lanes[axis].pool(op, value, shape, axis, len(lanes)))
-    pooled[-1] = (n.y[0], pooled[-1][1])
+        (value, shape), lane = pooled[-1], lanes[axis]
+        value = lane.pool(op, value, axis, len(lanes)) if axis else n.y[0]
+        count = lane.count(shape[axis + 1])
+        pooled.append((value, [*shape[: axis + 1], count, *shape[axis + 2 :]]))
     for axis, lane in enumerate(lanes):
         (y, shape), (x, before) = pooled.pop(), pooled[-1]
         g = lane.unpool(op, g, x, y, before, shape, axis)
@@ -55,24 +56,25 @@ class _Lane:
     begin: int
     tail: int
 
-    def pool(
-        self, op: Emitter, x: ir.Value, sizes: list[int], axis: int, axes: int
-    ) -> tuple[ir.Value, list[int]]:
-        """The pool of ``x`` [N, C, *spatial], and its sizes [C, *spatial]."""
+    def count(self, size: int) -> int:
+        """The number of windows on an axis of this size."""
+        extent = (self.kernel - 1) * self.dilation + 1
+        return (size + self.begin + self.tail - extent) // self.stride + 1
+
+    def pool(self, op: Emitter, x: ir.Value, axis: int, axes: int) -> ir.Value:
+        """The pool of ``x`` along one of its spatial axes."""
 
         def along(here: int, elsewhere: int) -> list[int]:
             return [here if a == axis else elsewhere for a in range(axes)]
 
-        y = op.MaxPool(
+        y: ir.Value = op.MaxPool(
             x,
             kernel_shape=along(self.kernel, 1),
             strides=along(self.stride, 1),
             dilations=along(self.dilation, 1),
             pads=along(self.begin, 0) + along(max(self.tail, 0), 0),
         )
-        extent = (self.kernel - 1) * self.dilation + 1
-        count = (sizes[axis + 1] + self.begin + self.tail - extent) // self.stride + 1
-        return y, [*sizes[: axis + 1], count, *sizes[axis + 2 :]]
+        return y
 
     def unpool(
         self,

@@ -253,9 +253,9 @@ def _exchanged(op: Emitter, w: ir.Value, group: int) -> ir.Value:
     out, inside, *kernel = dims(w)
     if out == group == group * inside:  # type: ignore[operator]
         return w
-    w = op.Reshape(w, [group, out // group, inside, *kernel])  # type: ignore[operator,list-item]
+    w = op.Reshape(w, [group, out // group, inside, *kernel])  # type: ignore[operator]
     w = op.Transpose(w, perm=[0, 2, 1, *(a + 1 for a in spatial)])
-    return op.Reshape(w, [group * inside, out // group, *kernel])  # type: ignore[operator,list-item]
+    return op.Reshape(w, [group * inside, out // group, *kernel])  # type: ignore[operator]
 
 
 def _flipped(op: Emitter, w: ir.Value, phases: Sequence[_Phase]) -> ir.Value:
