@@ -67,42 +67,41 @@ def explain(
         raise InputError(f"there is no method '{method}'; the methods are {', '.join(methods)}")
     info = methods[method]
     options = {**(method_options or {}), **options}
-    _check_options(info, options, baselines, seed)
+    _check_options(info, options, baselines)
     feeds = model.feeds(inputs, additional_forward_args)
     labels = labels if labels is not None else model.labels
     prediction = model.run(model.forward([model.output.name or ""]), feeds)[model.output.name or ""]
 
-    embedded: dict[str, str] = {}
-    if layer is None and "gradient" in info.needs:
-        embedded = _embeddings(model, feeds)
-    made, attributing, arguments = _assemble(info, model, layer, neuron, embedded, options)
-    if neuron is None:
+    if neuron is not None and layer is None:
+        raise InputError("a neuron was given without its layer: name the layer too")
+    embedded = _embeddings(model, feeds) if _by_inputs(info, layer, neuron) else {}
+    made, call = _make(info, model, layer, neuron, feeds, embedded, options)
+    index = None
+    if neuron is not None:
+        call["neuron_selector" if "neuron" in info.needs else "target"] = neuron
+    else:
         index = _target(target, prediction, labels, feeds.count)
-        if info.name != "layer-activation":
-            arguments["target"] = _as_target(index)
-    else:
-        index = None
-        arguments["neuron_selector" if "neuron" in info.needs else "target"] = neuron
+        if info.takes_target:
+            call["target"] = _as_target(index)
     if info.takes_baselines:
-        arguments["baselines"] = baselines
-    if attributing == "inputs":
-        arguments["inputs"] = inputs
-        arguments["additional_forward_args"] = additional_forward_args
-    else:
-        # Everything is fed; the layers, not the inputs, get the attributions.
-        arguments["inputs"] = {k: feeds.arrays[k] for k in feeds.explained}
-        arguments["additional_forward_args"] = {
-            k: v for k, v in feeds.arrays.items() if k not in feeds.explained
-        } or None
-    result, checks = made.explain(**arguments)
+        call["baselines"] = baselines
+    if "random" in info.needs:
+        call["seed"] = seed
+    result, checks = made.explain(
+        inputs=inputs, additional_forward_args=additional_forward_args, **call
+    )
     _warn_when_poor(checks)
-    arrays = _named(result, feeds, layer, embedded, attributing)
+    if _by_inputs(info, layer, neuron):
+        arrays, form = _by_input(result, feeds, embedded), feeds.form
+    else:
+        assert layer is not None
+        arrays, form = _by_layer(result, layer)
     return Explanation(
         method=method,
         inputs={k: feeds.arrays[k] for k in feeds.explained},
         arrays=arrays,
-        form=_form(feeds, attributing, arrays),
-        prediction=prediction,
+        form=form,  # type: ignore[arg-type]
+        prediction=prediction if prediction.ndim else prediction[None],
         target=index,
         labels=labels,
         layer=layer,
@@ -113,17 +112,13 @@ def explain(
     )
 
 
-def _check_options(
-    info: MethodInfo, options: Mapping[str, Any], baselines: Any, seed: int | None
-) -> None:
+def _check_options(info: MethodInfo, options: Mapping[str, Any], baselines: Any) -> None:
     for name in options:
         if name not in info.options:
             known = ", ".join(info.options) or "none"
             raise InputError(f"method '{info.name}' has no option '{name}' (its options: {known})")
     if baselines is not None and not info.takes_baselines:
         raise InputError(f"method '{info.name}' has no baseline")
-    if seed is not None and "random" in info.needs:
-        raise InputError(f"method '{info.name}' takes no seed")
 
 
 def _embeddings(model: Model, feeds: Feeds) -> dict[str, str]:
@@ -142,42 +137,38 @@ def _embeddings(model: Model, feeds: Feeds) -> dict[str, str]:
     return found
 
 
-def _assemble(
+def _by_inputs(info: MethodInfo, layer: str | None, neuron: Any) -> bool:
+    """Whether the inputs get the attributions, and not a layer."""
+    return (layer is None and "layer" not in info.needs) or neuron is not None
+
+
+def _make(
     info: MethodInfo,
     model: Model,
     layer: str | None,
     neuron: Any,
+    feeds: Feeds,
     embedded: Mapping[str, str],
     options: Mapping[str, Any],
-) -> tuple[Attribution, str, dict[str, Any]]:
-    """The method for a question, what it attributes to ("inputs" or "layers"), and its options."""
+) -> tuple[Attribution, dict[str, Any]]:
+    """The method for a question, and those of its options that ``attribute`` takes."""
     cls: Any = info.cls
     call = dict(options)
-    needs_layer = "layer" in info.needs
     made_with = {k: call.pop(k) for k in list(call) if k == "multiply_by_inputs"}
-    if neuron is not None and layer is None:
-        raise InputError("a neuron was given without its layer: name the layer too")
-    if "neuron" in info.needs and neuron is None:
-        raise InputError(f"method '{info.name}' explains a neuron: give layer and neuron")
-    if needs_layer:
+    if "layer" in info.needs:
         if layer is None:
             raise InputError(f"method '{info.name}' needs a layer; model.layers() lists them")
-        if neuron is not None and "neuron" not in info.needs:
-            raise InputError(f"method '{info.name}' does not explain neurons")
-        return cls(model, layer, **made_with), "inputs" if neuron is not None else "layers", call
-    if neuron is not None:
-        sources = list(embedded.values()) or None
-        return (
-            cls(model, of=layer, wrt=sources, **made_with),
-            "layers" if sources else "inputs",
-            call,
-        )
-    if layer is not None:
-        return cls(model, wrt=layer, **made_with), "layers", call
-    if embedded:
-        inputs = list(embedded.values())
-        return cls(model, wrt=inputs, **made_with), "layers", call
-    return cls(model, **made_with), "inputs", call
+        if ("neuron" in info.needs) != (neuron is not None):
+            raise InputError(
+                f"method '{info.name}' explains a neuron: give layer and neuron"
+                if neuron is None
+                else f"method '{info.name}' explains by a layer, not a neuron: leave out the neuron"
+            )
+        return cls(model, layer, **made_with), call
+    if neuron is None and layer is not None:
+        return cls(model, wrt=layer, **made_with), call
+    sources = [embedded.get(name, name) for name in feeds.explained] if embedded else None
+    return cls(model, of=layer, wrt=sources, **made_with), call
 
 
 def _target(
@@ -211,27 +202,21 @@ def _as_target(index: np.ndarray | None) -> Any:
     return index if index.ndim == 1 else [tuple(row) for row in index.tolist()]
 
 
-def _named(
-    result: Any, feeds: Feeds, layer: str | None, embedded: Mapping[str, str], attributing: str
-) -> dict[str, np.ndarray]:
-    """Attributions by input or layer name; embeddings summed over their last axis."""
-    if attributing == "inputs":
-        if feeds.form == "dict":
-            return dict(result)
-        parts = list(result) if isinstance(result, tuple) else [result]
-        return dict(zip(feeds.explained, parts, strict=True))
-    if layer is None:
-        parts = result if isinstance(result, list) else [result]
-        return {name: part.sum(axis=-1) for name, part in zip(embedded, parts, strict=True)}
+def _by_input(result: Any, feeds: Feeds, embedded: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Attributions by input name; those of embeddings summed over their last axis."""
+    if isinstance(result, Mapping):
+        return dict(result)
     parts = list(result) if isinstance(result, tuple | list) else [result]
-    names = [layer] if len(parts) == 1 else [f"{layer}.{i}" for i in range(len(parts))]
-    return dict(zip(names, parts, strict=True))
+    named = dict(zip(feeds.explained, parts, strict=True))
+    return {k: v.sum(axis=-1) if k in embedded else v for k, v in named.items()}
 
 
-def _form(feeds: Feeds, attributing: str, arrays: Mapping[str, np.ndarray]) -> Any:
-    if attributing == "inputs":
-        return feeds.form
-    return "array" if len(arrays) == 1 else "tuple"
+def _by_layer(result: Any, layer: str) -> tuple[dict[str, np.ndarray], str]:
+    """Attributions by layer name, and their form."""
+    parts = list(result) if isinstance(result, tuple | list) else [result]
+    if len(parts) == 1:
+        return {layer: parts[0]}, "array"
+    return {f"{layer}.{i}": part for i, part in enumerate(parts)}, "tuple"
 
 
 def _warn_when_poor(checks: Mapping[str, np.ndarray]) -> None:

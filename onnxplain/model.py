@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -141,7 +142,7 @@ class Model:
         report = self.batch_report
         return report.batch if report is not None and report.mode == "rows" else None
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the model file ('' when it was not loaded from a path)."""
         if self.path is None or not Path(self.path).is_file():
@@ -320,8 +321,8 @@ def _axes(
 def _move_axes(model: ir.Model, axes: Mapping[str, int | None], back: bool = False) -> None:
     """Put the examples axis of every input first; the graph moves it back itself.
 
-    ``back`` undoes this for a derivative: its inputs, and the gradients by them, have the axis where
-    the user has it.
+    ``back`` undoes this for a derivative: its inputs, and the gradients by them, have the axis
+    where the user has it.
     """
     graph = model.graph
     op = Emitter(graph, "axis")

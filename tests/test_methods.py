@@ -362,7 +362,7 @@ def test_examples_axis_elsewhere() -> None:
     assert delta.shape == (6,)
     backward = ox.differentiate(m, of="y", wrt=["state"])
     found = backward({"state": state, "rate": rate, "cotangent": np.ones(6, np.float32)})
-    assert [i.shape for i in backward.inputs][0] == ("T", "examples", 4)
+    assert backward.inputs[0].shape == ("T", "examples", 4)
     np.testing.assert_allclose(found["state.grad"], want, rtol=1e-4, atol=1e-6)
 
 

@@ -56,7 +56,9 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None
     np.testing.assert_allclose(got, (X * X) @ W, rtol=1e-4, atol=1e-5)
     assert sizes[:4] == [50, 25, 12, 6]
     monkeypatch.setattr(
-        session.Session, "__call__", lambda *a, **k: (_ for _ in ()).throw(ox.OutOfMemoryError("no"))
+        session.Session,
+        "__call__",
+        lambda *a, **k: (_ for _ in ()).throw(ox.OutOfMemoryError("no")),
     )
     with pytest.raises(ox.OutOfMemoryError, match="one example"):
         model(NET, {"w": W})(X)

@@ -70,6 +70,7 @@ class MethodInfo:
     paper: str
     needs: tuple[str, ...]
     check: str
+    takes_target: bool
     takes_baselines: bool
 
 
@@ -98,5 +99,6 @@ def _info(cls: type[Attribution]) -> MethodInfo:
         cls.paper,
         cls.needs,
         cls.check,
+        "target" in call,
         "baselines" in call,
     )

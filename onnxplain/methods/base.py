@@ -57,7 +57,6 @@ class Question:
             start += size
         return out if self.form == "list" else out[0]
 
-
     def sums(self, answer: Any) -> np.ndarray:
         """The sum of each example's attributions in an answer over all sources, float64 [N]."""
         parts = list(answer.values()) if isinstance(answer, Mapping) else answer

@@ -1,0 +1,111 @@
+"""`ox.explain`: one call from an input to an explanation with its checks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import onnxplain as ox
+from tests.helpers import BUNDLED, HEAD, model
+
+rng = np.random.default_rng(0)
+W = rng.standard_normal((4, 3)).astype(np.float32)
+X = rng.standard_normal((5, 4)).astype(np.float32)
+NET = HEAD + "net (float[N,4] x) => (float[N,3] y) { h = Mul(x, x)  y = MatMul(h, w) }"
+MIXED = (
+    HEAD
+    + """mixed (int64[N,T] ids, float[N,4] x) => (float[N,3] y) {
+    e = Gather(table, ids)
+    axes = Constant<value_ints=[1]>()
+    s = ReduceSum<keepdims=0>(e, axes)
+    t = Mul(s, x)
+    y = MatMul(t, w)
+}"""
+)
+
+
+@pytest.fixture(scope="module")
+def net() -> ox.Model:
+    return model(NET, {"w": W})
+
+
+@pytest.mark.parametrize("name", list(ox.methods()))
+def test_every_method_explains(net: ox.Model, name: str) -> None:
+    info = ox.methods()[name]
+    layer = "h" if "layer" in info.needs else None
+    neuron = 2 if "neuron" in info.needs else None
+    explanation = ox.explain(net, X, method=name, layer=layer, neuron=neuron)
+    assert explanation.attributions.shape == (5, 4)
+    assert explanation.method == name
+    assert info.summary
+    np.testing.assert_allclose(explanation.prediction, (X * X) @ W, rtol=1e-4, atol=1e-5)
+    if "convergence_delta" in info.check:
+        assert np.abs(explanation.checks["convergence_delta"]).max() < 1e-4
+
+
+def test_predicted_target_and_labels(net: ox.Model) -> None:
+    labels = ["ant", "bee", "cat"]
+    explanation = ox.explain(net, X, labels=labels)
+    np.testing.assert_array_equal(explanation.target, ((X * X) @ W).argmax(axis=1))
+    by_label = ox.explain(net, X, target="bee", labels=labels)
+    np.testing.assert_array_equal(by_label.target, [1] * 5)
+    with pytest.raises(ox.InputError, match="ant, bee, cat"):
+        ox.explain(net, X, target="dog", labels=labels)
+
+
+def test_a_layer_and_a_neuron(net: ox.Model) -> None:
+    by_layer = ox.explain(net, X, layer="h", target=1)
+    np.testing.assert_allclose(by_layer.attributions, X * X * W[:, 1], rtol=1e-3, atol=1e-5)
+    assert list(by_layer.arrays) == ["h"]
+    of_neuron = ox.explain(net, X, layer="h", neuron=2)
+    np.testing.assert_allclose(of_neuron.attributions, X * X * np.eye(4)[2], rtol=1e-3, atol=1e-5)
+    with pytest.raises(ox.InputError, match="layer too"):
+        ox.explain(net, X, neuron=2)
+    with pytest.raises(ox.InputError, match="needs a layer"):
+        ox.explain(net, X, method="layer-activation")
+
+
+def test_token_and_number_inputs_together() -> None:
+    table = rng.standard_normal((7, 4)).astype(np.float32)
+    m = model(MIXED, {"table": table, "w": W})
+    ids = np.array([[1, 2, 3]] * 5)
+    explanation = ox.explain(m, (ids, X), method="input-x-gradient", target=0)
+    assert list(explanation.arrays) == ["ids", "x"]
+    np.testing.assert_allclose(
+        explanation.arrays["ids"],
+        (table[ids] * (X * W[:, 0])[:, None]).sum(-1),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+    np.testing.assert_allclose(
+        explanation.arrays["x"], X * table[ids].sum(1) * W[:, 0], rtol=1e-3, atol=1e-5
+    )
+    neuron = ox.explain(m, {"ids": ids, "x": X}, method="saliency", layer="t", neuron=1)
+    assert set(neuron.attributions) == {"ids", "x"}
+
+
+def test_bad_calls(net: ox.Model) -> None:
+    with pytest.raises(ox.InputError, match="integrated-gradients"):
+        ox.explain(net, X, method="integrated")
+    with pytest.raises(ox.InputError, match="n_steps"):
+        ox.explain(net, X, steps=3)
+    with pytest.raises(ox.InputError, match="no baseline"):
+        ox.explain(net, X, method="saliency", baselines=0)
+
+
+def test_poor_completeness_warns(net: ox.Model) -> None:
+    with pytest.warns(UserWarning, match="n_steps"):
+        explanation = ox.explain(net, X, method_options={"method": "riemann_left"}, n_steps=3)
+    assert explanation.checks["relative_convergence_delta"].max() > 0.05
+
+
+def test_an_explanation_round_trips(tmp_path) -> None:
+    m = ox.Model(BUNDLED / "digits" / "digits.onnx")
+    x = rng.random((2, 1, 8, 8), dtype=np.float32) * 16
+    explanation = ox.explain(m, x)
+    explanation.save(tmp_path / "why.npz")
+    again = ox.load_explanation(tmp_path / "why.npz")
+    np.testing.assert_array_equal(again.attributions, explanation.attributions)
+    assert again.provenance["sha256"] == m.digest
+    explanation.plot(tmp_path / "why.png")
+    assert (tmp_path / "why.png").stat().st_size > 1000
