@@ -231,7 +231,8 @@ def _facts(model: Model) -> dict[str, Any]:
     report = model.batch_report
     return {
         "model": model.path,
-        "opset": model.opset,
+        "opset": model.source_opset,
+        "working_opset": model.opset,
         "inputs": [_port(port) for port in model.inputs],
         "outputs": [_port(port) for port in model.outputs],
         "explained output": model.output.name,

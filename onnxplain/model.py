@@ -80,6 +80,7 @@ class Model:
         self._programs: OrderedDict[Hashable, Program] = OrderedDict()
 
         raw = load.load(source, external_data_dir)
+        self.source_opset: int | None = raw.graph.opset_imports.get("")
         self.labels_by_output = outputs.unwrap_zipmaps(raw)
         outputs.drop_unusable(raw)
         raw = opset.raise_opset(raw)

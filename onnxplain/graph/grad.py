@@ -201,6 +201,13 @@ def _expand_functions(
                 )
 
 
+def check_path(
+    graph: ir.Graph, of: Sequence[ir.Value], wrt: Sequence[ir.Value], rules: Rules = VJP
+) -> None:
+    """Refuse, as :func:`backward` does, when no differentiable path joins ``wrt`` and ``of``."""
+    _check_connected(graph, of, wrt, _Active(graph, of, wrt, rules))
+
+
 def _check_connected(
     graph: ir.Graph, of: Sequence[ir.Value], wrt: Sequence[ir.Value], active: _Active
 ) -> None:

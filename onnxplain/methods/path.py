@@ -21,7 +21,7 @@ from onnxplain.graph.edit import (
     twin,
 )
 from onnxplain.graph.emit import Emitter, dims, rank
-from onnxplain.graph.grad import backward
+from onnxplain.graph.grad import backward, check_path
 from onnxplain.methods import target as targets
 from onnxplain.methods.base import Attribution, Layers, Question
 from onnxplain.methods.gradient import HALVES, emit_attribution
@@ -399,6 +399,7 @@ class IntegratedGradients(Attribution):
         count = len(question.wrt)
         of, wrt, inputs = values[0], values[1 : 1 + count], values[1 + count :]
         graph = copy.graph
+        check_path(graph, [of], wrt)  # the rewrite below would hide the names that the user knows
         op = Emitter(graph, "explain")
         baselines = {
             v: new_input(graph, f"{v.name}.baseline", v, ["baselines", *dims(v)[1:]])

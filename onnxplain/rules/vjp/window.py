@@ -16,7 +16,7 @@ from onnxplain.graph.emit import Call, Dim, Emitter, dims
 Sizes = tuple[int, ...]
 
 _BLOCK = 16
-"""Channels that a convolution kernel computes at once."""
+"""Channels that onnxruntime's convolution kernel computes at once."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,17 @@ def _phases(
     """The phases of each axis; None where ConvTranspose does as well or better.
 
     onnxruntime's plain convolution is the faster kernel, in its blocked layout and in many
-    threads. Not so where strides leave positions that no window reads, or phases are many.
+    threads. Not so where channels fill half a block at most, strides leave positions that no window
+    reads, or phases are many.
     """
-    weights, sizes = known(dims(w)), known(dims(x)[2:])
+    weights, sizes, channels = known(dims(w)), known(dims(x)[2:]), dims(x)[1]
     assert isinstance(at.begin, tuple)
-    if at.extents is None or (group > 1 and weights is None):
+    if at.extents is None or not isinstance(channels, int) or (group > 1 and weights is None):
+        return None
+    if group == 1 and channels <= _BLOCK // 2:
         return None
     if not at.dense:
-        channels = dims(x)[1]
-        narrow = not isinstance(channels, int) or (channels < _BLOCK and 1 < group < channels)
+        narrow = channels < _BLOCK and 1 < group < channels
         if sizes is None or narrow or math.prod(at.strides) > 8:
             return None
     axes = []
@@ -184,22 +186,11 @@ def _by_phases(
     pads = [[*(a.begin for a in p), *(a.end for a in p)] for p in each]
     if len(each) == 1:
         return op.Conv(g, kernels[0], group=group, dilations=at.dilations, pads=pads[0])
+    parts = [
+        op.Conv(g, k, group=group, dilations=at.dilations, pads=p)
+        for k, p in zip(kernels, pads, strict=True)
+    ]
     sizes: list[int] = list(dims(x)[1:])  # type: ignore[arg-type]
-    if group == 1 and sizes[0] < _BLOCK:
-        # Few channels waste the kernel's width: all phases at once, filled up to equal pads.
-        wide = np.max(pads, axis=0)
-        axes = list(range(2, 1 + len(sizes)))
-        filled = [
-            op.Pad(k, wide - p, None, axes) if any(wide != p) else k
-            for k, p in zip(kernels, pads, strict=True)
-        ]
-        whole = op.Conv(g, op.Concat(*filled, axis=0), dilations=at.dilations, pads=wide.tolist())
-        parts = op.Split(whole, axis=1, num_outputs=len(each), _outputs=len(each))
-    else:
-        parts = [
-            op.Conv(g, k, group=group, dilations=at.dilations, pads=p)
-            for k, p in zip(kernels, pads, strict=True)
-        ]
     for axis in reversed(range(1, len(sizes))):
         s = at.strides[axis - 1]
         shape = [-(-n // p) for n, p in zip(sizes, (1, *at.strides), strict=True)]
