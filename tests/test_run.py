@@ -157,3 +157,21 @@ print(int(peak.split()[1]) // 1000)
 def test_program_takes_functions_as_feeds() -> None:
     feed = lambda piece: X[piece]  # noqa: E731
     assert program.take(feed, slice(3, 5)).shape == (2, 4)
+
+
+def test_binding_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a device, walked on the processor: shared feeds placed once, outputs bound."""
+    want = ox.IntegratedGradients(model(NET, {"w": W})).attribute(X, 0.5, target=1)
+    monkeypatch.setitem(session._DEVICES, "CPUExecutionProvider", "cpu")
+    m = model(NET, {"w": W}, providers=["cpu"])
+    placed: list[str] = []
+    place = session.Session.place
+
+    def spy(self: session.Session, feeds: dict) -> dict:
+        placed.extend(feeds)
+        return place(self, feeds)
+
+    monkeypatch.setattr(session.Session, "place", spy)
+    got = ox.IntegratedGradients(m).attribute(X, 0.5, target=1, internal_batch_size=100)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert placed.count("x.baseline") == 1

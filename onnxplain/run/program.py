@@ -82,7 +82,7 @@ class Program:
             more = room * memory.MEASURED_SHARE / cost.measured
             return int(min(max(more, 1), count))
         room /= memory.ARENA_FACTOR
-        if self._on_cpu:
+        if self.session.on_cpu:
             room = min(room, memory.CPU_SWEET_SPOT)
             if self.settings.memory_limit is not None:
                 room /= memory.FIRST_SHARE  # the estimate is measured before it is relied upon
@@ -98,10 +98,6 @@ class Program:
             two = memory.live_bytes(self.model, {**twice, **shared})
             self._costs[key] = _Cost(max(two - one, 1), max(2 * one - two, 0))
         return self._costs[key]
-
-    @property
-    def _on_cpu(self) -> bool:
-        return bool(self.session.providers[0] == "CPUExecutionProvider")
 
     def chunks(
         self,
@@ -128,9 +124,10 @@ class Program:
                 return self.batch or 1
             return self.fitting(row, same, min(count, max(at_most or count, 1)))
 
-        limited = self.settings.memory_limit is not None and self._on_cpu and self.batch is None
+        limited = self.settings.memory_limit is not None and self.session.on_cpu and self.batch is None
         cost = self._cost(row, same) if limited else _Cost(0, 0)
         size, start = choose(), 0
+        placed = self.session.place(shared)
         while start < count:
             piece = slice(start, min(start + size, count))
             feeds = {name: take(feed, piece) for name, feed in rows.items()}
@@ -142,7 +139,7 @@ class Program:
             try:
                 last = piece.stop == count and limited
                 before = memory.resident_bytes() if limited else 0
-                results = self.session({**feeds, **shared}, outputs, give_back=last)
+                results = self.session({**feeds, **placed}, outputs, give_back=last)
             except OutOfMemoryError as error:
                 if size == 1 or self.batch:
                     raise OutOfMemoryError(

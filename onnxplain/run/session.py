@@ -27,6 +27,9 @@ from onnxplain.graph import shapes
 
 log = logging.getLogger("onnxplain")
 
+Feed = Any
+"""An array, or an onnxruntime value on the device."""
+
 Provider = str | tuple[str, Mapping[str, Any]]
 
 # Weights above this size are handed to onnxruntime beside the graph, never inside its protobuf,
@@ -41,6 +44,12 @@ _SHORT_NAMES = {
     "directml": "DmlExecutionProvider",
     "coreml": "CoreMLExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
+}
+# The memory that feeds and results of a provider can be bound in; the processor needs none.
+_DEVICES = {
+    "CUDAExecutionProvider": "cuda",
+    "TensorrtExecutionProvider": "cuda",
+    "ROCMExecutionProvider": "cuda",
 }
 # Providers worth taking without being asked, best first.
 _PREFERRED = ("CUDAExecutionProvider", "ROCMExecutionProvider", "CPUExecutionProvider")
@@ -129,24 +138,37 @@ class Session:
         self.inputs = [i.name for i in self._session.get_inputs()]
         self.outputs = [o.name for o in self._session.get_outputs()]
         self.providers = self._session.get_providers()
-        self._device = (
-            "cpu"
-            if self.providers[0] == "CPUExecutionProvider"
-            else (
-                "cuda"
-                if self.providers[0] in ("CUDAExecutionProvider", "TensorrtExecutionProvider")
-                else None
-            )
-        )
+        self.device = _DEVICES.get(self.providers[0])
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the graph runs on the processor, in the memory of this process."""
+        return bool(self.providers[0] == "CPUExecutionProvider")
+
+    def place(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Feed]:
+        """Feeds that several runs share, copied to the device once where there is one."""
+        if self.device is None:
+            return dict(feeds)
+        make = runtime().OrtValue.ortvalue_from_numpy
+        return {
+            name: make(np.ascontiguousarray(array), self.device, 0)
+            for name, array in feeds.items()
+            if name in self.inputs
+        }
 
     def __call__(
         self,
-        feeds: Mapping[str, np.ndarray],
+        feeds: Mapping[str, Feed],
         outputs: Sequence[str] | None = None,
         *,
         give_back: bool = False,
     ) -> dict[str, np.ndarray]:
-        """Run once; ``give_back`` returns the memory that the runtime would keep for the next run.
+        """Run once.
+
+        Args:
+            feeds: arrays by input name, or what :meth:`place` made of them; others are ignored.
+            outputs: names of the wanted outputs; None: all.
+            give_back: return the memory that the runtime would keep for the next run.
 
         Raises:
             OutOfMemoryError: the device's memory does not suffice for these rows.
@@ -155,7 +177,11 @@ class Session:
         names = list(outputs or self.outputs)
         known = {k: v for k, v in feeds.items() if k in self.inputs}
         try:
-            results = self._session.run(names, known, _giving_back() if give_back else None)
+            if self.device is None:
+                options = _giving_back() if give_back else None
+                results = self._session.run(names, known, options)
+            else:
+                results = self._run_bound(names, known)
         except Exception as error:
             if _is_memory_error(error):
                 raise OutOfMemoryError(
@@ -163,6 +189,20 @@ class Session:
                 ) from error
             raise ModelError(f"onnxruntime failed while running: {_first_line(error)}") from error
         return dict(zip(names, results, strict=True))
+
+
+    def _run_bound(self, names: Sequence[str], feeds: Mapping[str, Feed]) -> list[np.ndarray]:
+        """Run with inputs and outputs on the device; only the outputs come back."""
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            else:
+                binding.bind_ortvalue_input(name, value)
+        for name in names:
+            binding.bind_output(name, self.device, 0)
+        self._session.run_with_iobinding(binding)
+        return list(binding.copy_outputs_to_cpu())
 
 
 def _giving_back() -> Any:

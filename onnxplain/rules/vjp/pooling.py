@@ -11,10 +11,14 @@ import onnx_ir as ir
 
 from onnxplain.graph.emit import Call, Emitter, dims
 from onnxplain.rules import RuleTable
+from onnxplain.rules.vjp.indexing import add_at
 from onnxplain.rules.vjp.window import Sizes, interleave, known, phases_of, spread, window
 
 TABLE = RuleTable("pooling")
 rule = TABLE.rule
+
+_SMALL = 8192
+"""Values per example up to which a maximum pool """
 
 
 @rule("MaxPool")
@@ -28,8 +32,10 @@ def max_pool(op: Emitter, n: Call, g: Any) -> Any:
     x, kernel = n.x[0], n.attr("kernel_shape")
     at, sizes = window(op, n, kernel), known(dims(x)[1:])
     tail = at.tail(x)
-    if tail is None or sizes is None or any(t >= k for t, k in zip(tail, kernel, strict=True)):
+    if tail is None or sizes is None or math.prod(sizes) <= _SMALL:
         return _to_indices(op, n, g)
+    if any(t >= k for t, k in zip(tail, kernel, strict=True)):
+        return _to_indices(op, n, g)  # onnxruntime pads by less than a window
     begin: Sizes = at.begin  # type: ignore[assignment]
     lanes = [
         _Lane(*lane) for lane in zip(kernel, at.strides, at.dilations, begin, tail, strict=True)
@@ -114,19 +120,12 @@ def _shifted(op: Emitter, x: ir.Value, pads: list[int], axis: int, fill: float) 
 
 
 def _to_indices(op: Emitter, n: Call, g: ir.Value) -> ir.Value:
-    """The gradient of MaxPool where sizes are unknown, or padding wider than onnxruntime takes."""
+    """The gradient of MaxPool in few nodes, for any sizes and paddings."""
     x = n.x[0]
     names = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
     _, chosen = op.MaxPool(x, _outputs=2, **n.attrs(*names))
-    wide = ir.DataType.DOUBLE if x.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
-    size = op.Reshape(op.Size(x), [1])
-    zeros = op.ConstantOfShape(size, value=ir.tensor(np.zeros(1, wide.numpy())))
-    flat = op.Reshape(g, [-1])
-    if g.dtype != wide:  # onnxruntime adds up in no half precision
-        flat = op.Cast(flat, to=wide)
-    # Indices count over the whole tensor.
-    flat = op.ScatterElements(zeros, op.Reshape(chosen, [-1]), flat, axis=0, reduction="add")
-    return op.reshape_like(op.cast_like(flat, x), x)
+    size = op.Reshape(op.Size(x), [1])  # indices count over the whole tensor
+    return op.reshape_like(add_at(op, op.Unsqueeze(chosen, [-1]), g, size), x)
 
 
 @rule("AveragePool")
