@@ -7,25 +7,42 @@ with one line that says why; 2: wrong usage. Nothing heavy is imported before a 
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import logging
+import os
 import re
+import shlex
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from fractions import Fraction
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import NoRuleError, NotDifferentiableError, OnnxplainError, TargetError
+from .errors import OnnxplainError, TargetError
 
 if TYPE_CHECKING:
+    from .inputs import Preprocessing, Sample
     from .model import Model
     from .result import Explanation
 
 DEFAULT_METHOD = "integrated-gradients"
+# What the messages of the library call by its name in Python.
+_IN_PYTHON = {
+    "model.layers()": "'onnxplain layers MODEL'",
+    "examples_axis={name: None}": "--examples-axis NAME=none",
+    "examples_axis=None": "--examples-axis none",
+    "set examples_axis for": "give --examples-axis NAME=N (or NAME=none) for",
+    "(layer=)": "(--layer)",
+    "layer= in ox.explain": "--layer",
+    "(n_steps)": "(--option n_steps=200)",
+}
 
 
 class _Commands(click.Group):
@@ -35,8 +52,25 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except OnnxplainError as error:
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            _refuse(str(error))
             ctx.exit(1)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click's own business: `onnxplain layers | head`
+                raise
+            _refuse(f"can't write the result: {error.strerror or error}")
+            # What is left in the buffer would fail once more when Python exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+
+
+def _refuse(message: str) -> None:
+    click.echo(f"error: {_in_flags(' '.join(message.split()))}", err=True)
+
+
+def _in_flags(message: str) -> str:
+    for python, flag in _IN_PYTHON.items():
+        message = message.replace(python, flag)
+    return message
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -50,7 +84,7 @@ def main(ctx: click.Context, verbose: bool) -> None:
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     ctx.with_resource(warnings.catch_warnings())
     warnings.showwarning = lambda message, *rest, **more: click.echo(
-        f"warning: {message}", err=True
+        f"warning: {_in_flags(str(message))}", err=True
     )
 
 
@@ -89,6 +123,18 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+def _examples_axis(text: str) -> Any:
+    """``1``, ``none``, or one of these for each input named: ``state=1,rate=none``."""
+
+    def axis(part: str) -> int | None:
+        return None if part.strip().lower() == "none" else int(part)
+
+    if "=" not in text:
+        return axis(text)
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    return {name.strip(): axis(number) for name, _, number in pairs}
+
+
 def _setting(key: str) -> Callable[..., Any]:
     """A click callback for a preprocessing flag, checked like the same key of an onnxplain.toml."""
 
@@ -116,6 +162,12 @@ def _figure_path(ctx: click.Context, param: click.Parameter, value: str | None) 
     path = Path(value)
     if path.suffix.lower() not in _FIGURE_SUFFIXES:
         raise click.BadParameter(f"{value!r} must end in one of {', '.join(_FIGURE_SUFFIXES)}")
+    return _writable(ctx, param, value)
+
+
+def _archive(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
+    if value is not None and Path(value).suffix.lower() != ".npz":
+        raise click.BadParameter(f"{value!r} must end in .npz; --output draws")
     return _writable(ctx, param, value)
 
 
@@ -147,6 +199,13 @@ _model_options = _options(
         callback=_converted(_bytes, "a size such as 512MB or 2GiB"),
         help="Memory that may be held, such as 512MB [half of what is free].",
     ),
+    click.option(
+        "--examples-axis",
+        metavar="N|NAME=N,...|none",
+        callback=_converted(_examples_axis, "an axis, 'none', or NAME=AXIS,..."),
+        default="0",
+        help="Axis that counts examples, for all inputs or by name; none: shared by all.",
+    ),
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _preprocessing_options = _options(
@@ -158,7 +217,12 @@ _preprocessing_options = _options(
     ),
     click.option("--resize", type=click.Choice(["exact", "shortest"]), help="How [exact]."),
     click.option("--crop", metavar="H,W", callback=_setting("crop"), help="Then keep the center."),
-    click.option("--scale", metavar="S", callback=_setting("scale"), help="Times 0..255 [1/255]."),
+    click.option(
+        "--scale",
+        metavar="S",
+        callback=_setting("scale"),
+        help="Times 0..255 [1/255; 1 where a mean or std is above 1, so of 0..255].",
+    ),
     click.option("--mean", metavar="A,B,C", callback=_setting("mean"), help="Then subtract [0]."),
     click.option("--std", metavar="A,B,C", callback=_setting("std"), help="Then divide by [1]."),
     click.option("--channels", type=click.Choice(["L", "RGB", "BGR"]), help="Order of channels."),
@@ -167,22 +231,34 @@ _preprocessing_options = _options(
 
 
 def _load(
-    path: str, output_name: str | None, provider: str | None, memory_limit: int | None
+    path: str,
+    output_name: str | None,
+    provider: str | None,
+    memory_limit: int | None,
+    examples_axis: Any,
 ) -> Model:
     from .model import Model
+    from .run.session import runtime
 
+    if not path:
+        raise click.UsageError("MODEL is empty: give the path of an .onnx file")
+    runtime()  # without it, say so before anything else
     return Model(
         path,
         output=output_name,
         providers=None if provider is None else [provider],
         memory_limit=memory_limit,
+        examples_axis=examples_axis,
     )
 
 
+_WIDEST = 44
+
+
 def _columns(rows: Iterable[Sequence[object]]) -> str:
-    """Rows as text columns of equal width, the last one ragged."""
+    """Rows as text columns of equal width; a long cell pushes its own row, nothing is cut."""
     cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [min(max(map(len, column)), _WIDEST) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
@@ -239,7 +315,7 @@ def _facts(model: Model) -> dict[str, Any]:
         "labels": model.labels,
         "differentiable": {port.name: _differentiable(model, port.name) for port in model.inputs},
         "batch": None if report is None else _batch(report),
-        "parameters": sum(weight.size for weight in weights if weight is not None),
+        "weights (elements)": sum(weight.size for weight in weights if weight is not None),
         "operators": dict(operators.most_common()),
         "providers": [
             p if isinstance(p, str) else p[0] for p in choose_providers(model.settings.providers)
@@ -266,8 +342,8 @@ def _differentiable(model: Model, name: str) -> str:
     embedding = model.embedding(name)
     try:
         differentiate(model, None, [name if embedding is None else str(embedding.name)])
-    except (NotDifferentiableError, NoRuleError) as error:
-        return f"no: {error}"
+    except OnnxplainError as error:
+        return f"no: {_in_flags(str(error))}"
     return "yes" if embedding is None else f"yes, at its embedding {embedding.name}"
 
 
@@ -323,7 +399,8 @@ def methods(name: str | None, as_json: bool) -> None:
     (info,) = infos
     click.echo(f"{info.title} ({info.name})\n{info.summary}\n")
     rows = [("paper", info.paper), ("needs", ", ".join(info.needs)), ("check", info.check)]
-    rows += [(f"--option {key}", repr(value)) for key, value in info.options.items()]
+    typed = [f"--option {key}={_typed(value)}" for key, value in info.options.items()]
+    rows += [("" if i else "defaults", option) for i, option in enumerate(typed)]
     click.echo(_columns(row for row in rows if row[1]))
 
 
@@ -358,7 +435,7 @@ def _plain(value: Any) -> Any:
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the method.")
 @click.option("--seed", type=int, help="For methods that sample.")
 @click.option("--output", callback=_figure_path, metavar="FILE", help="why.png, .svg, .pdf, .html")
-@click.option("--save", callback=_writable, metavar="FILE", help="Everything, as .npz.")
+@click.option("--save", callback=_archive, metavar="FILE", help="Everything, as .npz.")
 @_json_option
 @_preprocessing_options
 def explain(
@@ -379,28 +456,40 @@ def explain(
     output_name: str | None,
     provider: str | None,
     memory_limit: int | None,
+    examples_axis: Any,
     **flags: Any,
 ) -> None:
     """Explain what MODEL answers to INPUT.
 
     INPUT is an image, .npy, .npz or .csv, or, for a text model, a .txt or the text itself; several
-    are explained together. NAME=INPUT is for the model's input of that name.
+    are explained together. NAME=INPUT is for the model's input of that name. Inputs that no
+    gradient reaches, such as a mask, are fed and not explained.
     """
     info = _method(method)
-    chosen = _method_options(options, info.options)
+    chosen = _method_options(options, info)
     if baseline is not None and not info.takes_baselines:
         raise click.UsageError(f"--baseline: method {info.name!r} has none")
 
+    from .explain import explainable_inputs
     from .inputs import Preprocessing, find_preprocessing, load_baselines, load_inputs, read_labels
 
     given = Preprocessing(**flags, labels=read_labels(Path(labels)) if labels else None)
     setting = find_preprocessing(model, given, config)
-    loaded = _load(model, output_name or setting.output, provider, memory_limit)
+    output_name = output_name or setting.output
+    loaded = _load(model, output_name, provider, memory_limit, examples_axis)
     sample = load_inputs(inputs, loaded.inputs, setting)
     names = list(setting.labels or loaded.labels or ()) or None
+    shown = str(sample.display.input_name)
+    pictorial = [f"--{key}" for key in _PICTORIAL if flags.get(key)]
+    if pictorial and sample.display.kind != "image":
+        raise click.UsageError(
+            f"{', '.join(pictorial)}: for pictures, and input {shown!r} takes {sample.display.kind}"
+        )
     # Of a text's arrays only the tokens mean anything; its mask is fed as it is.
-    text = sample.display.kind == "text"
-    explained = [str(sample.display.input_name)] if text else list(sample.arrays)
+    explained = list(explainable_inputs(loaded, None if neuron is None else layer))
+    if sample.display.kind == "text":
+        explained = [shown]
+    explained = explained or list(sample.arrays)  # refused with the reason, or explained by a layer
     rest = {name: x for name, x in sample.arrays.items() if name not in explained}
     baselines = None
     if baseline is not None:
@@ -421,25 +510,84 @@ def explain(
         baselines=baselines,
         seed=seed,
         labels=names,
-        display=sample.display,
+        # What the files hold is shown by example, so only where these come first.
+        display=sample.display if loaded.axes[shown] == 0 else None,
         method_options=chosen,
+        provenance=_provenance(inputs, sample, setting, baseline),
     )
     _deliver(explanation, output, save, as_json)
 
 
-def _method_options(given: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
-    """``key=value`` pairs, values as JSON where they are JSON, else as text."""
-    found = {}
+_PICTORIAL = ("size", "resize", "crop", "scale", "mean", "std", "channels")
+
+
+def _provenance(
+    inputs: Sequence[str], sample: Sample, setting: Preprocessing, baseline: str | None
+) -> dict[str, str]:
+    """Where the arrays came from: files, and the settings that they were made with."""
+    used = {
+        field.name: value
+        for field in fields(sample.setting)
+        if field.name not in ("labels", "sources")
+        and (value := getattr(sample.setting, field.name)) is not None
+    }
+    return {
+        "inputs": " ".join(map(shlex.quote, inputs)),
+        "preprocessing": json.dumps(used, ensure_ascii=False),
+        **({"settings": ", ".join(setting.sources)} if setting.sources else {}),
+        **({"baselines": baseline} if baseline is not None else {}),
+    }
+
+
+def _method_options(given: Sequence[str], info: Any) -> dict[str, Any]:
+    """``key=value`` pairs as the method's defaults and annotations have them."""
+    known, found = info.options, {}
     for pair in given:
         key, equals, text = pair.partition("=")
         if not equals or key not in known:
             problem = f"there is no option {key!r}" if equals else f"{pair!r} is not KEY=VALUE"
             raise click.UsageError(f"{problem}; this method has {', '.join(known) or 'none'}")
-        try:
-            found[key] = json.loads(text)
-        except json.JSONDecodeError:
-            found[key] = text
+        found[key] = _option_value(key, text, _option_types(info, key))
     return found
+
+
+_TYPES: dict[str, tuple[type, str]] = {
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "float": (float, "a number"),
+    "str": (str, "a text"),
+    "None": (type(None), "none"),
+}
+
+
+def _option_types(info: Any, key: str) -> list[str]:
+    """The names of the types that an option takes; empty: any."""
+    made, call = signature(info.cls.__init__).parameters, signature(info.cls.attribute).parameters
+    annotation = str((call.get(key) or made[key]).annotation)
+    return re.findall(rf"\b({'|'.join(_TYPES)})\b", annotation)
+
+
+def _option_value(key: str, text: str, types: Sequence[str]) -> Any:
+    """One value as typed: none, true, false in any case, a number, else text."""
+    word = {"none": "null"}.get(text.lower(), text.lower())
+    try:
+        value = json.loads(word if word in ("true", "false", "null") else text)
+    except json.JSONDecodeError:
+        value = text
+    if type(value) is int and "float" in types and "int" not in types:
+        value = float(value)
+    if "str" in types and type(value) not in [_TYPES[name][0] for name in types]:
+        value = text
+    if types and type(value) not in [_TYPES[name][0] for name in types]:
+        wanted = " or ".join(_TYPES[name][1] for name in types)
+        raise click.UsageError(f"--option {key}={text}: must be {wanted}")
+    return value
+
+
+def _typed(value: Any) -> str:
+    """A default as one types it."""
+    plain = _plain(value)
+    return plain if isinstance(plain, str) else json.dumps(plain).replace("null", "none")
 
 
 def _target(text: str, labels: Sequence[str] | None) -> Any:

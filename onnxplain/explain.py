@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxplain._version import VERSION
-from onnxplain.errors import InputError
+from onnxplain.errors import InputError, OnnxplainError
 from onnxplain.graph.emit import is_float
+from onnxplain.graph.grad import check_path
 from onnxplain.methods import MethodInfo, registry
 from onnxplain.methods.base import Attribution
 from onnxplain.methods.target import target_indices
-from onnxplain.model import Model
+from onnxplain.model import Model, single
 from onnxplain.result import Display, Explanation
 from onnxplain.run.feeds import Arrays, Feeds
 from onnxplain.run.session import runtime
@@ -37,6 +39,7 @@ def explain(
     labels: list[str] | None = None,
     display: Display | None = None,
     method_options: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Explanation:
     """Explain predictions.
@@ -57,11 +60,16 @@ def explain(
         display: how to show the input to a person.
         method_options: options of the method, as a dict: for those called like an argument here
             (integrated gradients have one called ``method``).
+        provenance: what else is to be on record in the explanation: files, preprocessing.
         options: options of the method.
 
     Raises:
         InputError and the errors of the method.
     """
+    if not isinstance(model, Model):
+        raise InputError(
+            f"model is {type(model).__name__}, not an onnxplain.Model; wrap it: ox.Model(path)"
+        )
     methods = registry()
     if method not in methods:
         raise InputError(f"there is no method '{method}'; the methods are {', '.join(methods)}")
@@ -69,6 +77,8 @@ def explain(
     options = {**(method_options or {}), **options}
     _check_options(info, options, baselines)
     feeds = model.feeds(inputs, additional_forward_args)
+    if not feeds.count or not feeds.explained:
+        raise InputError(f"there is no {'input' if feeds.count else 'example'} to explain")
     labels = labels if labels is not None else model.labels
     prediction = model.run(model.forward([model.output.name or ""]), feeds)[model.output.name or ""]
 
@@ -90,12 +100,16 @@ def explain(
     result, checks = made.explain(
         inputs=inputs, additional_forward_args=additional_forward_args, **call
     )
-    _warn_when_poor(checks)
     if _by_inputs(info, layer, neuron):
         arrays, form = _by_input(result, feeds, embedded), feeds.form
+        arrays = {k: np.moveaxis(v, model.axes[k] or 0, 0) for k, v in arrays.items()}
     else:
         assert layer is not None
         arrays, form = _by_layer(result, layer)
+    _warn_when_poor(checks, arrays, model)
+    given = {"neuron": neuron} if neuron is not None else {}
+    given |= {"seed": seed} if "random" in info.needs else {}
+    record = {"baselines": _described(baselines)} if info.takes_baselines else {}
     return Explanation(
         method=method,
         inputs={k: feeds.arrays[k] for k in feeds.explained},
@@ -105,11 +119,39 @@ def explain(
         target=index,
         labels=labels,
         layer=layer,
-        options={**options, **({"neuron": neuron} if neuron is not None else {})},
+        options={**info.options, **options, **given},
         checks=checks,
-        provenance=_provenance(model),
+        provenance={**_provenance(model), **record, **(provenance or {})},
         display=display,
     )
+
+
+def explainable_inputs(model: Model, of: str | None = None) -> tuple[str, ...]:
+    """The inputs that a differentiable path joins with ``of`` (default: the output).
+
+    Token numbers count through their embedding; inputs that all examples share don't count.
+    """
+    explained = model.output if of is None else single(model, of)
+
+    def reached(value: ir.Value) -> bool:
+        try:
+            source = value if is_float(value) else model.embedding(value.name or "") or value
+            check_path(model.graph.graph, [explained], [source])
+        except OnnxplainError:
+            return False
+        return model.axes[value.name or ""] is not None
+
+    return tuple(v.name or "" for v in model.graph.graph.inputs if reached(v))
+
+
+def _described(baselines: Any) -> str:
+    """Baselines in a few words; arrays by their shape."""
+    if isinstance(baselines, Mapping):
+        return ", ".join(f"{name}: {_described(b)}" for name, b in baselines.items())
+    if isinstance(baselines, tuple):
+        return ", ".join(map(_described, baselines))
+    shape = list(np.shape(baselines))
+    return f"array {shape}" if shape else "zeros" if baselines is None else str(baselines)
 
 
 def _check_options(info: MethodInfo, options: Mapping[str, Any], baselines: Any) -> None:
@@ -219,14 +261,42 @@ def _by_layer(result: Any, layer: str) -> tuple[dict[str, np.ndarray], str]:
     return {f"{layer}.{i}": part for i, part in enumerate(parts)}, "tuple"
 
 
-def _warn_when_poor(checks: Mapping[str, np.ndarray]) -> None:
-    gap = checks.get("relative_convergence_delta")
-    if gap is not None and (poor := int((gap > POOR_DELTA).sum())):
+def _warn_when_poor(
+    checks: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], model: Model
+) -> None:
+    """Say which examples have attributions that are no numbers, or that don't add up."""
+    finite = [np.isfinite(a.reshape(len(a), -1)).all(axis=1) for a in arrays.values()]
+    if bad := sorted({int(i) for row in finite for i in np.flatnonzero(~row)}):
         warnings.warn(
-            f"the attributions of {poor} example(s) miss the difference they should add up to by "
-            f"up to {gap.max():.0%}; use more steps (n_steps) or another baseline",
+            f"attributions of {_listed(bad)} are NaN or infinite: the model overflows on the way "
+            "there; look for extreme values in the input or the baseline",
             stacklevel=3,
         )
+    gap = checks.get("relative_convergence_delta")
+    if gap is None:
+        return
+    poor = [int(i) for i in np.flatnonzero(~(gap <= POOR_DELTA)) if i not in bad]
+    if poor:
+        # Through rounding the gradient is that of the identity: no number of steps closes the gap.
+        operators = {node.op_type for node in model.graph.graph}
+        rounded = any("QuantizeLinear" in name or "QLinear" in name for name in operators)
+        warnings.warn(
+            f"the attributions of {_listed(poor)} miss the difference they should add up to by up "
+            f"to {gap[poor].max():.0%}; "
+            + (
+                "the model is quantized, and more steps won't help: compare with the model "
+                "before quantization, or try another baseline"
+                if rounded
+                else "use more steps (n_steps) or another baseline"
+            ),
+            stacklevel=3,
+        )
+
+
+def _listed(examples: list[int]) -> str:
+    """Examples by their indices."""
+    shown = ", ".join(map(str, examples[:10])) + (", ..." if len(examples) > 10 else "")
+    return f"{len(examples)} example(s) (index {shown})"
 
 
 def _provenance(model: Model) -> dict[str, str]:

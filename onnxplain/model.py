@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxplain.errors import InputError
+from onnxplain.errors import InputError, LayerError
 from onnxplain.graph import batch, edit, grad, load, normalize, opset, outputs, shapes
 from onnxplain.graph.emit import Emitter, const_array, dims, is_float
 from onnxplain.graph.names import Layer, Names
@@ -28,6 +28,12 @@ from onnxplain.run.session import Provider, Session
 log = logging.getLogger("onnxplain")
 
 Source = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
+
+# Integer operators whose results are values of their first input.
+_KEEP_VALUES = frozenset(
+    {"Cast", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose"}
+    | {"Unsqueeze"}
+)
 
 # Compiled graphs kept; each holds its own copy of the weights.
 _KEPT_PROGRAMS = 16
@@ -105,6 +111,7 @@ class Model:
         self._output = outputs.choose(graph_model, output)
         self._aliases = normalized.aliases
         self.names = Names(graph_model.graph, self._aliases)
+        self._taken = set(edit.value_index(graph_model.graph))
 
     # ---- what there is ------------------------------------------------------------------------
 
@@ -159,18 +166,40 @@ class Model:
         """The values that a layer name stands for (see :meth:`Names.resolve`)."""
         return self.names.resolve(layer, entering=entering)
 
-    def embedding(self, name: str) -> ir.Value | None:
-        """The first floating-point lookup that an integer input feeds, or None."""
-        frontier = {v for v in self.graph.graph.inputs if v.name == name}
+    def embeddings(self, name: str) -> tuple[ir.Value, ...]:
+        """The floating-point lookups in constant tables by the values of an integer input.
+
+        Lookups by numbers computed from them, such as positions, are not among them.
+        """
+        ids = {v for v in self.graph.graph.inputs if v.name == name}
+        found = []
         for node in self.graph.graph:
-            if not any(v in frontier for v in node.inputs):
+            if node.domain:
                 continue
-            table = node.inputs[0]
-            looks_up = node.op_type == "Gather" and table not in frontier
-            if looks_up and is_float(node.outputs[0]) and const_array(table) is not None:
-                return node.outputs[0]
-            frontier.update(v for v in node.outputs if not is_float(v))
-        return None
+            source, *others = node.inputs or [None]
+            y = node.outputs[0]
+            constant = node.op_type != "Gather" or const_array(others[0]) is not None
+            if source in ids and node.op_type in _KEEP_VALUES and constant:
+                if y.dtype != ir.DataType.BOOL:
+                    ids.add(y)
+            elif node.op_type == "Gather" and others[0] in ids and is_float(y):
+                if const_array(source) is not None:
+                    found.append(y)
+        return tuple(found)
+
+    def embedding(self, name: str) -> ir.Value | None:
+        """The only one of :meth:`embeddings`, or None where there is none.
+
+        Raises:
+            LayerError: there are several.
+        """
+        found = self.embeddings(name)
+        if len(found) > 1:
+            listed = ", ".join(f"'{self.names.unique(v) or v.name}'" for v in found)
+            raise LayerError(
+                f"input '{name}' feeds {len(found)} embeddings ({listed}): choose one with layer="
+            )
+        return found[0] if found else None
 
     # ---- running ------------------------------------------------------------------------------
 
@@ -243,9 +272,16 @@ class Model:
         BatchNormalization is folded into convolutions, except where one of these values lies in
         between.
         """
-        copy, copies = edit.clone(self.graph, values)
+        copy = self.graph.clone()
         normalize.fold_batchnorm(copy, {v.name or "" for v in values})
-        return copy, copies
+        index = edit.value_index(copy.graph)  # folding replaces values that it keeps the names of
+        return copy, [index[v.name or ""] for v in values]
+
+    def free_name(self, name: str) -> str:
+        """``name``, with underscores behind it until no value of the model has it."""
+        while name in self._taken:
+            name += "_"
+        return name
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the (normalized) model as a standard ``.onnx`` file."""
@@ -280,15 +316,20 @@ def differentiate(
     known = {v.name for v in copy.graph.inputs}
     backward = grad.differentiate(copy, target, sources, VJP if rules is None else rules)
     _move_axes(backward, model.axes, back=True)
+    for i, source in enumerate(sources, start=1):
+        if source.is_graph_input() and model.axes.get(source.name or ""):
+            _turn_output(backward.graph, i, model.axes[source.name or ""] or 0)
     shapes.infer(backward)
-    new = [v.name or "" for v in backward.graph.inputs if v.name not in known]
+    (seed,) = (v.name or "" for v in backward.graph.inputs if v.name not in known)
+    where = None if target.shape is None else dims(target)
+    axis = where.index(edit.BATCH) if where and edit.BATCH in where else None
     return Model(
         backward,
         output=backward.graph.outputs[1].name,
         providers=model.settings.providers,
         session_options=model.settings.session_options,
         memory_limit=model.settings.memory_limit,
-        examples_axis={**model.axes, **dict.fromkeys(new, 0)} if model.has_examples else None,
+        examples_axis={**model.axes, seed: axis} if model.has_examples else None,
     )
 
 
@@ -309,8 +350,14 @@ def _evaluate(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.
 def _axes(
     given: int | Mapping[str, int | None] | None, names: Sequence[str]
 ) -> dict[str, int | None]:
-    if given is None or isinstance(given, int):
-        return dict.fromkeys(names, given)
+    by_name = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
+    for axis in by_name.values():
+        if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
+            raise InputError(
+                f"examples_axis is an integer, None or a dict of these by input name, not {axis!r}"
+            )
+    if not isinstance(given, Mapping):
+        return by_name
     unknown = [k for k in given if k not in names]
     if unknown:
         raise InputError(
@@ -322,8 +369,7 @@ def _axes(
 def _move_axes(model: ir.Model, axes: Mapping[str, int | None], back: bool = False) -> None:
     """Put the examples axis of every input first; the graph moves it back itself.
 
-    ``back`` undoes this for a derivative: its inputs, and the gradients by them, have the axis
-    where the user has it.
+    ``back`` undoes this for a derivative: its inputs have the axis where the user has it.
     """
     graph = model.graph
     op = Emitter(graph, "axis")
@@ -344,13 +390,18 @@ def _move_axes(model: ir.Model, axes: Mapping[str, int | None], back: bool = Fal
         same.shape, same.type = value.shape, value.type
         ir.convenience.replace_all_uses_with(value, same)
         graph.inputs[i] = fresh
-        for j, out in enumerate(graph.outputs):
-            if back and out.name == f"{fresh.name}.grad":
-                out.name = op.name("grad")
-                turned = op.Transpose(out, perm=given)
-                turned.name = f"{fresh.name}.grad"
-                turned.type, turned.shape = out.type, ir.Shape([dims(out)[k] for k in given])
-                graph.outputs[j] = turned
     if moved:
         graph.sort()
         shapes.infer(model)
+
+
+def _turn_output(graph: ir.Graph, index: int, axis: int) -> None:
+    """Move the first axis of an output, which counts the examples, to where the user has it."""
+    out = graph.outputs[index]
+    op = Emitter(graph, "axis")
+    order = list(range(1, len(dims(out))))
+    order.insert(axis, 0)
+    name, out.name = out.name, op.name("first")
+    turned = op.Transpose(out, perm=order)
+    turned.name, turned.type, turned.shape = name, out.type, ir.Shape([dims(out)[k] for k in order])
+    graph.outputs[index] = turned

@@ -39,6 +39,7 @@ class Display:
     feature_names: one per column of a table, or per channel of a series.
     values: [N, ...] as the user knows them, before preprocessing.
     tokens: one list per example.
+    names: what to call each example, such as its file; "" where it has no name.
     input_name: the model input that all this is about.
     """
 
@@ -48,6 +49,7 @@ class Display:
     feature_names: list[str] | None = None
     values: np.ndarray | None = None
     tokens: list[list[str]] | None = None
+    names: list[str] | None = None
     input_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -77,7 +79,7 @@ class Explanation:
     layer: the layer that was explained, None for the inputs.
     options: the method's options, JSON-able.
     checks: by name, one row per example (or per example and sample).
-    provenance: model path, digest, versions, providers.
+    provenance: model path, digest, versions, providers, baselines; what the caller added.
     display: how to show the inputs; None: by their shape.
 
     Raises InputError where these do not fit together.
@@ -123,6 +125,9 @@ class Explanation:
                     f"target is {index.dtype} {list(self.target.shape)}: an output of shape"
                     f" {list(shape)} takes integers {list(expected)} within its non-example axes"
                 )
+        names = self.display.names if self.display else None
+        if names is not None and len(names) != len(self):
+            raise InputError(f"{len(names)} display.names for {len(self)} examples: give one each")
         if self.labels is not None and len(self.labels) not in shape[1:]:
             raise InputError(
                 f"{len(self.labels)} labels do not fit an output of shape {list(shape)}:"
@@ -164,6 +169,10 @@ class Explanation:
             return None
         return self.labels[index[self.prediction.shape[1:].index(len(self.labels))]]
 
+    def name(self, example: int = 0) -> str:
+        """What the example is called, such as its file; "" where that is not known."""
+        return self.display.names[example] if self.display and self.display.names else ""
+
     def top(self, example: int = 0, k: int = 5) -> list[tuple[tuple[int, ...], float]]:
         """The k highest values of one example's prediction as (index, value), highest first."""
         row = self.prediction[example]
@@ -204,6 +213,7 @@ class Explanation:
     def _example(self, example: int, top: int) -> dict[str, Any]:
         index = self.target_index(example)
         return {
+            "name": self.name(example),
             "target": _one_or_all(index),
             "label": self.label(index),
             "value": self.value(example),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -101,12 +101,14 @@ def downstream(graph: ir.Graph, sources: Iterable[ir.Value]) -> list[ir.Node]:
     return found
 
 
-def upstream(graph: ir.Graph, values: Iterable[ir.Value]) -> list[ir.Node]:
-    """The nodes that any of the values depends on, in order."""
-    needed, found = set(values), []
+def upstream(
+    graph: ir.Graph, values: Iterable[ir.Value], stop: Collection[ir.Value] = ()
+) -> list[ir.Node]:
+    """The nodes that any of the values depends on, in order; not what only ``stop`` depends on."""
+    needed, found = {v for v in values if v not in stop}, []
     for node in reversed(list(graph)):
         if any(v in needed for v in node.outputs):
-            needed.update(reads(node))
+            needed.update(v for v in reads(node) if v not in stop)
             found.append(node)
     return found[::-1]
 
@@ -156,27 +158,18 @@ def copy_node(
     return outputs
 
 
-def repeat_rows(op: Emitter, value: ir.Value, times: ir.Value) -> ir.Value:
-    """``[N, ...] -> [N * times, ...]``: every row ``times`` times in sequence."""
-    r = rank(value)
-    wide = op.Expand(
-        op.Unsqueeze(value, [1]), op.Concat([1], times, np.ones(r - 1, np.int64), axis=0)
-    )
-    return merge_rows(op, wide, value)
-
-
-def merge_rows(op: Emitter, wide: ir.Value, like: ir.Value) -> ir.Value:
-    """``[N, S, ...] -> [N * S, ...]``; ``like`` has the trailing dimensions."""
+def stack_rows(op: Emitter, wide: ir.Value, like: ir.Value) -> ir.Value:
+    """``[S, N, ...] -> [S * N, ...]``; ``like`` has the trailing dimensions."""
     out = op.Reshape(wide, _with_trailing(op, [op.const(np.asarray([-1], np.int64))], like))
     # Behind the rewrite the examples symbol stands for the new number of rows, everywhere alike.
     out.type, out.shape = like.type, like.shape
     return out
 
 
-def split_rows(op: Emitter, merged: ir.Value, times: ir.Value, like: ir.Value) -> ir.Value:
-    """``[N * S, ...] -> [N, S, ...]``."""
-    lead = [op.const(np.asarray([-1], np.int64)), times]
-    return op.Reshape(merged, _with_trailing(op, lead, like))
+def unstack_rows(op: Emitter, stacked: ir.Value, times: ir.Value, like: ir.Value) -> ir.Value:
+    """``[S * N, ...] -> [S, N, ...]``."""
+    lead = [times, op.const(np.asarray([-1], np.int64))]
+    return op.Reshape(stacked, _with_trailing(op, lead, like))
 
 
 def _with_trailing(op: Emitter, lead: Sequence[ir.Value], like: ir.Value) -> ir.Value:
@@ -186,6 +179,11 @@ def _with_trailing(op: Emitter, lead: Sequence[ir.Value], like: ir.Value) -> ir.
     else:
         tail = op.Shape(like, start=1)
     return op.Concat(*lead, tail, axis=0)
+
+
+def has_rows(value: ir.Value) -> bool:
+    """Whether a value's first axis is known to count the examples."""
+    return value.shape is not None and dims(value)[:1] == (BATCH,)
 
 
 def affine_frontier(graph: ir.Graph, sources: Sequence[ir.Value], of: ir.Value) -> list[ir.Value]:
@@ -210,7 +208,7 @@ def affine_frontier(graph: ir.Graph, sources: Sequence[ir.Value], of: ir.Value) 
                 and given <= affine
                 and not given & cut
                 and not any(v in fed and v not in depends for v in reads(node))
-                and all(_has_rows(v) for v in node.outputs)
+                and all(is_float(v) and has_rows(v) for v in node.outputs)
             ):
                 affine.update(node.outputs)
             else:
@@ -222,59 +220,76 @@ def affine_frontier(graph: ir.Graph, sources: Sequence[ir.Value], of: ir.Value) 
         cut.update(found)
 
 
-def _has_rows(value: ir.Value) -> bool:
-    return is_float(value) and value.shape is not None and dims(value)[:1] == (BATCH,)
+# Arguments that decide the layout of a result and not what is in it.
+_LAYOUT = {"Reshape": (1,), "Expand": (1,), "Tile": (1,), "ConstantOfShape": (0,)}
 
 
 class Rows:
-    """Runs the part of a graph behind some values with several rows an example.
+    """A copy of the part of a graph behind some values that runs with several rows an example.
 
-    ``Rows(op, of, {layer: new})`` lets everything between ``layer`` and ``of`` read ``new``
-    (``N * times`` rows). Values that reach that part by another way are computed once and
-    repeated; shape arithmetic among them is redone for the new number of rows.
+    Everything between the keys of ``fed`` and ``of`` is copied and reads the new values instead,
+    which hold ``times`` whole batches one after the other. What reaches that part by another way
+    is computed once and repeated; what counts the rows (shape arithmetic, row numbers) is computed
+    anew for the new number. ``self.of`` are the copies of ``of``.
     """
 
     def __init__(
         self, op: Emitter, of: Sequence[ir.Value], fed: Mapping[ir.Value, ir.Value], times: ir.Value
     ) -> None:
         self._op, self._times = op, times
-        self._lifted: dict[ir.Value, ir.Value] = {}
         graph = op.graph
-        needed = set(upstream(graph, of))
+        needed = set(upstream(graph, of, stop=fed.keys()))
         behind = [n for n in downstream(graph, fed) if n in needed]
-        inside = {v for n in behind for v in n.outputs} | set(fed)
-        rows = {v for v in graph.inputs if BATCH in dims(v)}
-        self._row_dependent = rows | {v for n in downstream(graph, rows) for v in n.outputs}
-        bypass = {v for n in behind for v in reads(n) if v not in inside}
-        # A fed value is not its own bypass: inside nodes read the new rows.
-        swap = {v: lifted for v in bypass if (lifted := self._lift(v)) is not v}
-        feed(behind, swap | dict(fed))
+        inputs = {v for v in graph.inputs if BATCH in dims(v)}
+        self._row_dependent = inputs | {v for n in downstream(graph, inputs) for v in n.outputs}
+        self._counting = self._values_that_count(graph)
+        self._copies: dict[ir.Value, ir.Value] = dict(fed)
+        for node in behind:
+            values = {v: self._lift(v) for v in reads(node)}
+            self._copies.update(copy_node(op, node, values))
+        self.of = [self._copies[v] for v in of]
+
+    def _values_that_count(self, graph: ir.Graph) -> set[ir.Value]:
+        """Values whose content, not only their layout, depends on how many rows there are."""
+        found: set[ir.Value] = set()
+        for node in graph:
+            if node.op_type in ("Shape", "Size") and not node.domain:
+                counts = node.inputs[0] in self._row_dependent
+            else:
+                layout = _LAYOUT.get(node.op_type, ()) if not node.domain else ()
+                ignored = {node.inputs[i] for i in layout if i < len(node.inputs)}
+                content = {v for i, v in enumerate(node.inputs) if i not in layout}
+                counts = any(v in found for v in reads(node) if v in content or v not in ignored)
+            if counts:
+                found.update(node.outputs)
+        return found
 
     def _lift(self, value: ir.Value) -> ir.Value:
-        if value not in self._row_dependent:
-            return value
-        if value not in self._lifted:
-            self._lifted[value] = self._rows_of(value)
-        return self._lifted[value]
+        if value not in self._copies:
+            if value not in self._row_dependent:
+                return value
+            self._copies[value] = self._rows_of(value)
+        return self._copies[value]
 
     def _rows_of(self, value: ir.Value) -> ir.Value:
         op, node = self._op, value.producer()
-        if value.shape is not None and rank(value) and dims(value)[0] == BATCH:
-            return repeat_rows(op, value, self._times)
+        if has_rows(value) and value not in self._counting:
+            ones = np.ones(rank(value) - 1, np.int64)
+            out = op.Tile(value, op.Concat(self._times, ones, axis=0))
+            out.type, out.shape = value.type, value.shape
+            return out
         if node is None:
             raise UnsupportedModelError(
                 f"input '{value.name}' has its examples axis elsewhere than first, so the model "
                 "can't be run with several rows an example; export it with the examples axis first"
             )
-        if node.op_type == "Shape":
-            (source,) = node.inputs
-            if source is not None and source.shape is not None and dims(source)[0] == BATCH:
-                ones = np.ones(rank(source) - 1, np.int64)
-                full = op.Mul(op.Shape(source), op.Concat(self._times, ones, axis=0))
-                start = node.attributes["start"].as_int() if "start" in node.attributes else 0
-                end = node.attributes["end"].as_int() if "end" in node.attributes else rank(source)
-                return op.Slice(full, [start], [end])
-        values = {v: self._lift(v) for v in node.inputs if v is not None}
-        copies = copy_node(op, node, values)
-        self._lifted.update(copies)
+        if node.op_type == "Shape" and node.inputs[0] is not None and has_rows(node.inputs[0]):
+            source = node.inputs[0]
+            ones = np.ones(rank(source) - 1, np.int64)
+            full = op.Mul(op.Shape(source), op.Concat(self._times, ones, axis=0))
+            start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+            end = node.attributes["end"].as_int() if "end" in node.attributes else rank(source)
+            return op.Slice(full, [start], [end])
+        copies = copy_node(op, node, {v: self._lift(v) for v in reads(node)})
+        self._copies.update(copies)
         return copies[value]

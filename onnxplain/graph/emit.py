@@ -82,7 +82,8 @@ class Emitter:
         self.graph = graph
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
         taken = {v.name for v in graph.inputs} | set(graph.initializers)
-        taken |= {v.name for node in graph.all_nodes() for v in node.outputs}
+        for node in graph.all_nodes():
+            taken.update((node.name, *(v.name for v in node.outputs)))
         generation = 0
         while any(n and n.startswith(f"{prefix}{generation}.") for n in taken):
             generation += 1

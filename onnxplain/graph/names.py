@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import LayerError
@@ -64,7 +66,13 @@ def _qualify(path: str, part: str) -> str:
 
 
 class Names:
-    """Finds values by value name, node name or scope."""
+    """Finds values by value name, node name or scope.
+
+    Args:
+        graph: the graph.
+        aliases: value names that are gone, and the value that stands for each; ``scope#0`` is a
+            call of a scope of which no node is left.
+    """
 
     def __init__(self, graph: ir.Graph, aliases: Mapping[str, str] | None = None) -> None:
         self._graph = graph
@@ -78,9 +86,16 @@ class Names:
                     self._values[value.name] = value
             for scope in scopes(node):
                 self._scopes.setdefault(scope, []).append(node)
+        self._gone: dict[str, list[ir.Value]] = {}
+        present = dict(self._values)
         for alias, name in (aliases or {}).items():
-            if name in self._values:
-                self._values.setdefault(alias, self._values[name])
+            scope, _, call = alias.rpartition("#")
+            if name not in present:
+                continue
+            if scope and call.isdecimal():
+                self._gone.setdefault(scope, []).append(present[name])
+            else:
+                self._values.setdefault(alias, present[name])
 
     def layers(self) -> list[Layer]:
         """Every value that can be named, in the order in which it is computed."""
@@ -105,7 +120,8 @@ class Names:
         """The values that a layer name stands for.
 
         Args:
-            name: value, node or scope; ``scope#1`` is the second call of a reused module.
+            name: value, node or scope; ``scope#1`` is the second call of a reused module. A model
+                input keeps its name before a scope.
             entering: the values that enter the layer instead of those that leave it.
 
         Raises:
@@ -116,45 +132,111 @@ class Names:
                 f"a layer is named by a string, not by {type(name).__name__} ({name!r}); "
                 "model.layers() lists the names"
             )
-        if name in self._values:
-            value = self._values[name]
-            node = value.producer()
-            if not entering:
-                return (value,)
-            if node is None:
-                raise LayerError(f"'{name}' is a model input: nothing enters it")
-            return self._inputs([node], name)
-        if name in self._nodes:
-            node = self._nodes[name]
-            return self._inputs([node], name) if entering else (node.outputs[0],)
-        calls = self._calls(name)
-        return self._inputs(calls, name) if entering else self._outputs(calls)
+        if name not in self._values and name not in self._nodes:
+            return self._of_scope(name, entering)
+        value = self._values[name] if name in self._values else self._nodes[name].outputs[0]
+        if name in self._scopes or name in self._gone:
+            self._check_unambiguous(name, value, entering)
+        if not entering:
+            return (value,)
+        node = value.producer()
+        if node is None:
+            raise LayerError(f"'{name}' is a model input: nothing enters it")
+        return self._inputs([node], name)
 
-    def _calls(self, name: str) -> list[ir.Node]:
-        """The nodes of the call of a scope that ``name`` means."""
-        stem, _, number = name.partition("#")
-        scope = self._scope(stem, name)
-        calls = _split_calls(self._scopes[scope])
-        if number:
-            if not number.isdigit() or int(number) >= len(calls):
-                raise LayerError(
-                    f"layer '{name}': scope '{scope}' is entered {len(calls)} time(s); use "
-                    f"'{scope}#0' to '{scope}#{len(calls) - 1}'"
-                )
-            return calls[int(number)]
-        if len(calls) > 1:
-            others = ", ".join(f"'{scope}#{i}'" for i in range(len(calls) - 1))
+    def unique(self, value: ir.Value) -> str | None:
+        """A name that stands for this value and nothing else, if there is one."""
+        node = value.producer()
+        for name in (value.name, node.name if node is not None else None):
+            taken = self._values.get(name or "", value) is not value
+            if name and not taken and name not in self._scopes and name not in self._gone:
+                return name
+        return None
+
+    def _check_unambiguous(self, name: str, value: ir.Value, entering: bool) -> None:
+        """Refuse a name of a value that is also that of a scope and means something else there."""
+        calls = self._calls(name)
+        module = self._side(calls[-1], name, entering)
+        node = value.producer()
+        if node is None:
             warnings.warn(
-                f"layer '{scope}' is entered {len(calls)} times; its last call is used "
-                f"(the others are {others})",
-                stacklevel=2,
+                f"'{name}' is taken for the model input; the module of that name is '{name}#0'",
+                stacklevel=3,
             )
-        return calls[-1]
+            return
+        if module == (self._inputs([node], name) if entering else (value,)):
+            return
+        other = self.unique(value)
+        raise LayerError(
+            f"'{name}' is ambiguous: a module and a value of the graph (of {node.op_type} node "
+            f"'{node.name}') have this name. Write '{name}#{len(calls) - 1}' for the module"
+            + (f" and '{other}' for the value" if other else "; the value has no other name")
+        )
+
+    def _of_scope(self, name: str, entering: bool) -> tuple[ir.Value, ...]:
+        """What leaves or enters the call of a scope that ``name`` means."""
+        stem, mark, number = name.partition("#")
+        scope = self._scope(stem, name)
+        if mark and not number.isdecimal():
+            raise self._unknown(name)
+        calls = self._calls(scope)
+        if not mark:
+            self._warn_of_others(scope, len(calls))
+        elif int(number) >= len(calls):
+            raise LayerError(
+                f"layer '{name}': scope '{scope}' is entered {len(calls)} time(s); "
+                f"'{scope}#{len(calls) - 1}' is its last call"
+            )
+        return self._side(calls[int(number) if mark else -1], name, entering)
+
+    def _calls(self, scope: str) -> Sequence[Sequence[ir.Node] | ir.Value]:
+        """The nodes of each call of a scope; the value that a call of removed nodes hands on."""
+        if scope not in self._scopes:
+            return self._gone[scope]
+        calls = _split_calls(self._scopes[scope])
+        return calls + [
+            call
+            for later in self._numbered(scope, calls[0], weighted=True)
+            for call in _split_calls(self._scopes[later])
+        ]
+
+    def _numbered(self, scope: str, call: Sequence[ir.Node], *, weighted: bool) -> list[str]:
+        """``scope_1``, ...: what PyTorch's TorchScript exporter names a module's later calls.
+
+        Modules of their own can have such names too, so those with weights must share them.
+        """
+        if _has_weights(call) != weighted:
+            return []
+        return [
+            other
+            for other, nodes in self._scopes.items()
+            if other.startswith(f"{scope}_")
+            and other[len(scope) + 1 :].isdecimal()
+            and _alike(call, _split_calls(nodes)[0])
+        ]
+
+    def _warn_of_others(self, scope: str, calls: int) -> None:
+        if calls > 1:
+            others = ", ".join(f"'{scope}#{i}'" for i in range(calls - 1))
+            warnings.warn(
+                f"layer '{scope}' is entered {calls} times; its last call is used "
+                f"(the others are {others})",
+                stacklevel=3,
+            )
+        nodes = self._scopes.get(scope, [])
+        if nodes and (nodes[0].name or "").startswith("/"):
+            for other in self._numbered(scope, _split_calls(nodes)[0], weighted=False):
+                warnings.warn(
+                    f"layer '{other}' looks like a later call of '{scope}', whose first call is "
+                    f"used; name '{other}' for that one",
+                    stacklevel=3,
+                )
 
     def _scope(self, stem: str, name: str) -> str:
-        if stem in self._scopes:
+        known = [*self._scopes, *self._gone]
+        if stem in known:
             return stem
-        ending = [s for s in self._scopes if s.endswith(("/" + stem, "." + stem))]
+        ending = [s for s in known if s.endswith(("/" + stem, "." + stem))]
         if len(ending) == 1:
             return ending[0]
         if ending:
@@ -162,11 +244,22 @@ class Names:
                 f"layer '{name}' is ambiguous: it could be {', '.join(sorted(ending)[:8])}; "
                 "give the full name"
             )
-        known = [*self._scopes, *self._values, *self._nodes]
+        raise self._unknown(name)
+
+    def _unknown(self, name: str) -> LayerError:
+        stem = name.partition("#")[0]
+        known = [*self._scopes, *self._gone, *self._values, *self._nodes]
         near = difflib.get_close_matches(name, known, n=4, cutoff=0.4)
         near += [k for k in known if stem and stem in k and k not in near][: 4 - len(near)]
         hint = f"did you mean {', '.join(repr(n) for n in near)}? " if near else ""
-        raise LayerError(f"no layer '{name}' in the model; {hint}model.layers() lists all names")
+        return LayerError(f"no layer '{name}' in the model; {hint}model.layers() lists all names")
+
+    def _side(
+        self, call: Sequence[ir.Node] | ir.Value, name: str, entering: bool
+    ) -> tuple[ir.Value, ...]:
+        if isinstance(call, ir.Value):
+            return (call,)
+        return self._inputs(call, name) if entering else self._outputs(call)
 
     def _outputs(self, nodes: Sequence[ir.Node]) -> tuple[ir.Value, ...]:
         inside = set(nodes)
@@ -197,8 +290,9 @@ class Names:
 def _split_calls(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
     """Separate the calls of a reused module.
 
-    Nodes that values connect belong to one call. Two unconnected groups are two calls when they
-    are alike (same operators, same weights); else they are branches of one call.
+    Nodes that values connect belong to one call, unless they are a sequence that repeats with the
+    same weights: then a call feeds the next. Groups that are alike (same operators, same weights)
+    are calls; else they are branches of one call.
     """
     parent = {node: node for node in nodes}
 
@@ -217,12 +311,47 @@ def _split_calls(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
     groups: dict[ir.Node, list[ir.Node]] = {}
     for node in nodes:
         groups.setdefault(root(node), []).append(node)
+    calls = [call for group in groups.values() for call in _repeats(group)]
+    return calls if all(_alike(calls[0], call) for call in calls) else [list(nodes)]
 
-    def kind(group: Sequence[ir.Node]) -> tuple[object, ...]:
-        weights = {v.name for n in group for v in n.inputs if v is not None and v.is_initializer()}
-        return tuple(n.op_type for n in group), frozenset(weights)
 
-    calls = list(groups.values())
-    if len({kind(c) for c in calls}) == 1:
-        return calls
-    return [list(nodes)]
+def _repeats(nodes: list[ir.Node]) -> list[list[ir.Node]]:
+    """The shortest sequence with weights that the nodes repeat, as often as they do."""
+    for size in range(1, len(nodes) // 2 + 1):
+        if len(nodes) % size:
+            continue
+        parts = [nodes[i : i + size] for i in range(0, len(nodes), size)]
+        if _has_weights(parts[0]) and all(_alike(parts[0], part) for part in parts):
+            return parts
+    return [nodes]
+
+
+def _alike(a: Sequence[ir.Node], b: Sequence[ir.Node]) -> bool:
+    """Whether two sequences of nodes have the same operators and the same weights."""
+    if [n.op_identifier() for n in a] != [n.op_identifier() for n in b]:
+        return False
+    ours, theirs = _weights(a), _weights(b)
+    return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+
+
+def _weights(nodes: Sequence[ir.Node]) -> list[ir.Value]:
+    return [v for node in nodes for v in node.inputs if v is not None and v.is_initializer()]
+
+
+def _has_weights(nodes: Sequence[ir.Node]) -> bool:
+    """Whether something learned is among the constants; numbers, sizes and axes are not."""
+    sizes = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+    return any(
+        v.dtype not in sizes and v.shape is not None and math.prod(v.shape.numpy()) > 1
+        for v in _weights(nodes)
+    )
+
+
+def _same(a: ir.Value, b: ir.Value) -> bool:
+    """Whether two weights are equal: exporters and folding copy those of a reused module."""
+    if a is b:
+        return True
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    ours, theirs = const_array(a), const_array(b)
+    return ours is not None and theirs is not None and np.array_equal(ours, theirs)

@@ -23,6 +23,7 @@ from onnxplain.errors import ModelError, UnsupportedModelError
 from onnxplain.graph import shapes
 from onnxplain.graph.edit import clone, prune, reads, value_index
 from onnxplain.graph.emit import const_array
+from onnxplain.graph.names import scopes
 
 Evaluate = Callable[[ir.Model, dict[str, np.ndarray]], dict[str, np.ndarray]]
 """Runs a model: feeds by input name -> every output by name."""
@@ -47,7 +48,8 @@ class Normalized:
     Attributes:
         model: the model that was given, changed in place.
         aliases: names that are gone (of values, and of the nodes that only passed a value on),
-            and the value that stands for each.
+            and the value that stands for each; ``scope#0``, ``scope#1``, ... are the calls of a
+            scope that is gone with all its nodes.
     """
 
     model: ir.Model
@@ -72,13 +74,17 @@ def normalize(model: ir.Model, evaluate: Evaluate) -> Normalized:
     LiftSubgraphInitializersToMainGraphPass()(model)
     _sort(model)
     _unique_names(model)
-    removed = _drop_copies(model)
+    removed, emptied = _drop_copies(model)
     prune(model)
     shapes.infer(model)
     fold_constants(model, evaluate)
     shapes.infer(model)
     present = value_index(model.graph)
     aliases = {old: value.name for old, value in removed.items()} | calls
+    left = {scope for node in model.graph for scope in scopes(node)}
+    for scope, values in emptied.items():
+        if scope not in left:
+            aliases |= {f"{scope}#{i}": value.name for i, value in enumerate(values)}
     return Normalized(
         model,
         {old: new for old, new in aliases.items() if old and old not in present and new in present},
@@ -139,9 +145,14 @@ def _unused(stem: str, taken: set[str]) -> str:
     return name
 
 
-def _drop_copies(model: ir.Model) -> dict[str, ir.Value]:
-    """Remove Identity and inference Dropout; names that are gone -> the surviving value."""
+def _drop_copies(model: ir.Model) -> tuple[dict[str, ir.Value], dict[str, dict[ir.Value, None]]]:
+    """Remove Identity and inference Dropout.
+
+    Returns the surviving value of each name that is gone, and those of the removed nodes of each
+    scope, in order.
+    """
     gone: dict[str, ir.Value] = {}
+    emptied: dict[str, dict[ir.Value, None]] = {}
     fixed = set(model.graph.inputs) | set(model.graph.outputs)
     for graph in (model.graph, *model.graph.subgraphs()):
         for node in list(graph):
@@ -164,7 +175,10 @@ def _drop_copies(model: ir.Model) -> dict[str, ir.Value]:
                 graph.remove(node, safe=True)
                 names = (node.name, y.name)
             gone.update({name: x for name in names if name})
-    return gone
+            if graph is model.graph:
+                for scope in scopes(node):
+                    emptied.setdefault(scope, {})[x] = None
+    return gone, emptied
 
 
 def _is_copy(node: ir.Node) -> bool:

@@ -162,7 +162,7 @@ def picture(array: np.ndarray, setting: Preprocessing) -> np.ndarray:
     values = array.transpose(0, 2, 3, 1) if setting.layout == "NCHW" else array
     assert setting.scale is not None
     values = (values * np.array(setting.std) + np.array(setting.mean)) / setting.scale
-    values = np.asarray(np.clip(np.rint(values), 0, 255), np.uint8)
+    values = np.clip(np.rint(np.nan_to_num(values)), 0, 255).astype(np.uint8)
     if setting.channels == "L":
         return values[..., 0]
     return np.ascontiguousarray(values[..., ::-1] if setting.channels == "BGR" else values)

@@ -8,6 +8,7 @@ the shape of the model's input.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,8 @@ import numpy as np
 
 from ..errors import FileFormatError, InputError
 from .files import read_lines, read_text
+
+log = logging.getLogger("onnxplain")
 
 CONFIG_NAME = "onnxplain.toml"
 MAX_PIXELS = 100_000_000  # of a picture, decoded or resized: 1.2 GB of float32 RGB
@@ -364,8 +367,9 @@ def _whole(spec: InputSpec) -> bool:
 def resolve(given: Preprocessing, spec: InputSpec) -> Preprocessing:
     """``given`` completed for the model input ``spec``, and checked against it.
 
-    A picture gets the size that the model fixes, and values of 0..1 (0..255 for an integer input).
-    InputError where settings contradict each other or the model.
+    A picture gets the size that the model fixes, and values of 0..1 (0..255 for an integer input,
+    or where a mean or std above 1 can only be of such values). InputError where settings
+    contradict each other or the model.
     """
     done = given.over(guess(spec))
     if done.kind != "image":
@@ -386,6 +390,14 @@ def resolve(given: Preprocessing, spec: InputSpec) -> Preprocessing:
     mean, std = done.mean or (0.0,), done.std or (1.0,)
     if {len(mean), len(std)} - {1, len(channels)}:
         raise InputError(f"mean {list(mean)} and std {list(std)} don't fit the channels {channels}")
+    bytewise = _whole(spec) or max(map(abs, mean + std)) > 1
+    scale = done.scale or (1.0 if bytewise else 1 / 255)
+    if (most := max(map(abs, mean))) > 255 * abs(scale):
+        log.warning(
+            "the mean %g lies outside the picture's values, which the scale %g takes to 0..%g; a "
+            "mean of 0..255 goes with scale 1",
+            *(most, scale, 255 * scale),
+        )
     fixed = tuple(shape[done.layout.index(axis)] for axis in "HW")
     known = fixed if all(isinstance(n, int) for n in fixed) else None
     resize = done.resize or "exact"
@@ -396,7 +408,7 @@ def resolve(given: Preprocessing, spec: InputSpec) -> Preprocessing:
         crop=done.crop or (known if resize == "shortest" else None),
         resize=resize,
         order=1 if done.order is None else done.order,
-        scale=done.scale or (1.0 if _whole(spec) else 1 / 255),
+        scale=scale,
         mean=mean,
         std=std,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +16,21 @@ from ..result import Display
 from .files import check_file, read_csv, read_npy, read_npz, read_text
 from .image import picture, prepare
 from .preprocessing import InputSpec, Preprocessing, dtype_of, resolve, shape_of
-from .text import encode
+from .text import encode, token_names
 
 _ARRAYS = (".npy", ".npz", ".csv")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Model-ready ``arrays`` by input name, first axis examples, and how to show the main one."""
+    """Model-ready ``arrays`` by input name, first axis examples, and how to show the main one.
+
+    ``setting`` is what the main one was made with, every default filled in.
+    """
 
     arrays: dict[str, np.ndarray]
     display: Display
+    setting: Preprocessing
 
 
 def load_input(
@@ -56,6 +62,8 @@ def load_inputs(
     """
     given = preprocessing or Preprocessing()
     specs = {spec.name: spec for spec in model_inputs}
+    if not specs:
+        raise InputError("the model has no inputs, so there is nothing to explain its output by")
     main = given.name or ("input_ids" if "input_ids" in specs else next(iter(specs)))
     if main not in specs:
         where = f" (in {given.sources[0]})" if given.sources else ""
@@ -69,6 +77,9 @@ def load_inputs(
     wanted: dict[str, list[Any]] = {}
     for source in sources:
         name, _, rest = str(source).partition("=")
+        stray = name not in specs and re.fullmatch(r"[^\s/]+", name) and not os.path.exists(source)
+        if stray and (os.path.isfile(rest) or (rest and settings[main].kind != "text")):
+            raise InputError(f"{name} is no input of the model (inputs: {', '.join(specs)})")
         if name in specs and rest:
             item = _from_npz(rest, [name])[name] if _is_npz(rest) else rest
             wanted.setdefault(name, []).append(item)
@@ -90,8 +101,8 @@ def load_inputs(
             f"no value for {', '.join(sorted(missing))}: the model takes {', '.join(specs)}; "
             "give each as name=file, or all in one .npz"
         )
-    display = displays[main if main in displays else next(iter(displays))]
-    return Sample({name: arrays[name] for name in specs}, display)
+    shown = main if main in displays else next(iter(displays))
+    return Sample({name: arrays[name] for name in specs}, displays[shown], settings[shown])
 
 
 def _is_npz(source: str | Path) -> bool:
@@ -119,6 +130,7 @@ def _load(
     if setting.kind == "text" and all(_is_text(item) for item in items):
         encoded = encode([_text(item) for item in items], setting, setting.length or _fixed(spec))
         display.tokens = encoded.tokens
+        display.names = [Path(i).name if str(i).endswith(".txt") else "" for i in items]
         arrays = {"attention_mask": encoded.mask, "token_type_ids": encoded.types}
         return {**arrays, name: encoded.ids}, display
 
@@ -131,6 +143,9 @@ def _load(
         shapes = ", ".join(str(list(part.shape)) for part in parts)
         raise InputError(f"inputs of shapes {shapes} can't be one batch; say --size")
     array = np.concatenate(parts)
+    display.names = [row for pair in zip(items, parts, strict=True) for row in _rows(*pair)]
+    if setting.kind == "text" and array.ndim == 2:
+        display.tokens = token_names(array, setting)
     if setting.kind == "image":
         display.layout = setting.layout  # type: ignore[assignment]
         # Without a word on the preprocessing, nobody knows what an array's values look like.
@@ -147,6 +162,12 @@ def _load(
     return {name: array}, display
 
 
+def _rows(item: Any, part: np.ndarray) -> list[str]:
+    """What to call each example of one source: the file, and the row where it has several."""
+    name = "" if isinstance(item, np.ndarray) else Path(item).name
+    return [name] if len(part) == 1 else [f"{name} row {i + 1}".strip() for i in range(len(part))]
+
+
 def _is_array(item: Any) -> bool:
     return isinstance(item, np.ndarray) or Path(item).suffix.lower() in _ARRAYS
 
@@ -156,7 +177,14 @@ def _is_text(item: Any) -> bool:
 
 
 def _text(item: str | Path) -> str:
-    return read_text(Path(item)).strip() if str(item).endswith(".txt") else str(item)
+    if str(item).endswith(".txt"):
+        return read_text(Path(item)).strip()
+    if os.path.isfile(item):
+        raise FileFormatError(
+            f"{item} is a file, and not one for a text model, which takes a .txt, token numbers "
+            "as .npy, .npz or .csv, or the text itself"
+        )
+    return str(item)
 
 
 def _fixed(spec: InputSpec) -> int | None:
@@ -214,11 +242,9 @@ def fit(array: np.ndarray, spec: InputSpec, where: str) -> np.ndarray:
     if array.ndim == len(shape) - 1:
         array = array[None]
     fixed = zip(shape[1:], array.shape[1:], strict=False)
-    if (
-        array.ndim != len(shape)
-        or any(isinstance(n, int) and n != m for n, m in fixed)
-        or not array.size
-    ):
+    if not array.size:
+        raise InputError(f"{where} is empty (shape {list(array.shape)}): it holds no example")
+    if array.ndim != len(shape) or any(isinstance(n, int) and n != m for n, m in fixed):
         wanted = ", ".join(["N", *map(str, shape[1:])])
         raise InputError(
             f"{where} has shape {list(array.shape)}, but input {spec.name!r} takes [{wanted}]"

@@ -46,6 +46,20 @@ def encode(texts: Sequence[str], setting: Preprocessing, length: int | None) -> 
     return _encode_subwords(texts, setting, Path(setting.tokenizer), length)
 
 
+def token_names(ids: np.ndarray, setting: Preprocessing) -> list[list[str]]:
+    """The tokens of token numbers [N, T], without the padding at the end where that is known.
+
+    Words of the vocabulary where there is one, else the numbers.
+    """
+    known = setting.tokenizer == "words" and setting.vocabulary is not None
+    names = dict(enumerate(read_lines(Path(str(setting.vocabulary))) if known else ()))
+    rows = [[names.get(number, str(number)) for number in row] for row in ids.tolist()]
+    for row in rows:
+        while len(row) > 1 and row[-1] == setting.pad:
+            row.pop()
+    return rows
+
+
 def _common_length(counts: Sequence[int], length: int | None) -> int:
     if length is not None and max(counts) > length:
         log.warning("text of %d tokens is cut to the model's %d", max(counts), length)

@@ -6,14 +6,16 @@ A method explains one value of the graph (``of``: the output, or a neuron of a l
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxplain.errors import InputError, UnsupportedModelError
+from onnxplain.errors import InputError, LayerError, UnsupportedModelError
+from onnxplain.graph.edit import BATCH
 from onnxplain.graph.emit import dims, is_float, static_dims
 from onnxplain.methods import target as targets
 from onnxplain.model import Model, single
@@ -43,7 +45,14 @@ class Question:
         return (self.of.name, tuple(v.name for v in self.wrt), self.feeds.explained)
 
     def answer(self, arrays: Sequence[np.ndarray]) -> Any:
-        """Attributions in the form in which the sources were named."""
+        """Attributions in the form in which the sources were named; warns of NaN among them."""
+        bad = sum(not np.isfinite(array).all() for array in arrays)
+        if bad:
+            warnings.warn(
+                f"{bad} of {len(arrays)} attribution arrays hold NaN or infinite values: the model "
+                "or its derivative is not finite there (for example at the baseline)",
+                stacklevel=4,
+            )
         if self.groups is None:
             found = {
                 v.name or "": np.moveaxis(array, 0, self.axes[v.name or ""] or 0)
@@ -63,12 +72,15 @@ class Question:
         if not isinstance(parts, tuple | list):
             parts = (parts,)
         flat = [a for part in parts for a in (part if isinstance(part, tuple) else (part,))]
-        if self.groups is None:
-            flat = [
-                np.moveaxis(a, self.axes[v.name or ""] or 0, 0)
-                for v, a in zip(self.wrt, flat, strict=True)
-            ]
-        return np.asarray(sum(a.reshape(len(a), -1).sum(axis=1, dtype=np.float64) for a in flat))
+        total = np.zeros(self.feeds.count)
+        for value, array in zip(self.wrt, flat, strict=True):
+            if self.groups is None:
+                axis = self.axes[value.name or ""] or 0
+            else:
+                axis = dims(value).index(BATCH) if BATCH in dims(value) else 0
+            rows = np.moveaxis(array, axis, 0).reshape(self.feeds.count, -1)
+            total += rows.sum(axis=1, dtype=np.float64)
+        return total
 
 
 class Attribution:
@@ -99,10 +111,12 @@ class Attribution:
                 "name the axis, or use model(...) and differentiate"
             )
         self.model = model
+        if wrt is not None and not isinstance(wrt, str | list | tuple):
+            raise LayerError(f"a layer is a name or a list of names, not {wrt!r}")
+        if isinstance(wrt, list | tuple) and not wrt:
+            raise LayerError("the list of layers is empty: name at least one")
         self._of = of
-        self._wrt: str | list[str] | None = (
-            list(wrt) if isinstance(wrt, list | tuple) else cast("str | None", wrt)
-        )
+        self._wrt: str | list[str] | None = list(wrt) if isinstance(wrt, list | tuple) else wrt
         self._resolve(False, False)  # unknown names are refused where they are given
 
     @property
@@ -163,6 +177,11 @@ class Attribution:
             self._check_source(value)
         if not is_float(of):
             raise InputError(f"'{of.name}' is not floating-point: there is no score to explain")
+        if of.shape is not None and BATCH in dims(of)[1:]:
+            raise UnsupportedModelError(
+                f"'{of.name}' has its examples on axis {dims(of).index(BATCH)}, not the first, so "
+                "its values can't be told apart by example; name one with the examples first"
+            )
         at_once = not self._per_example(of)
         shape = self._trailing(of, feeds, at_once)
         assert of.dtype is not None

@@ -27,12 +27,11 @@ FORMULAS: dict[Formula, Callable[[Emitter, ir.Value, ir.Value], ir.Value]] = {
 HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
-def emit_attribution(op: Emitter, value: ir.Value, index: int) -> ir.Value:
-    """Make a value an output of the explainer; half precision leaves as float32."""
+def emit_attribution(op: Emitter, value: ir.Value, name: str, source: ir.Value) -> None:
+    """Make the attributions of ``source`` an output; half precision leaves as float32."""
     out = op.Cast(value, to=ir.DataType.FLOAT) if value.dtype in HALVES else op.Identity(value)
-    out.name = f"attribution.{index}"
+    out.name, out.shape = name, source.shape
     op.graph.outputs.append(out)
-    return out
 
 
 class _Gradient(Attribution):
@@ -43,11 +42,12 @@ class _Gradient(Attribution):
         copy, values = self.model.rewriting(question.of, *question.wrt)
         of, wrt = values[0], values[1:]
         op = Emitter(copy.graph, "explain")
-        seed = new_input(copy.graph, "cotangent", of, dims(of))
+        seed = new_input(copy.graph, self.model.free_name("cotangent"), of, dims(of))
         grads = backward(op, {of: seed}, wrt, opset=self.model.opset)
         copy.graph.outputs.clear()
         for i, (value, grad) in enumerate(zip(wrt, grads, strict=True)):
-            emit_attribution(op, FORMULAS[formula](op, value, grad), i)
+            name = self.model.free_name(f"attribution.{i}")
+            emit_attribution(op, FORMULAS[formula](op, value, grad), name, value)
         prune(copy)
         return copy
 
@@ -55,13 +55,13 @@ class _Gradient(Attribution):
         program = self.model.program(
             (formula, question.key), lambda: self._build(question, formula)
         )
-        feeds = {"cotangent": question.seeds}
+        cotangent = self.model.free_name("cotangent")
         if question.at_once:
             seed = np.asarray(question.seeds(slice(0, 1))[0])
-            found = program.session({**question.feeds.arrays, "cotangent": seed})
+            found = program.session({**question.feeds.arrays, cotangent: seed})
         else:
-            found = self.model.run(program, question.feeds, feeds)
-        return question.answer([found[f"attribution.{i}"] for i in range(len(question.wrt))])
+            found = self.model.run(program, question.feeds, {cotangent: question.seeds})
+        return question.answer(list(found.values()))
 
 
 class Saliency(_Gradient):

@@ -14,11 +14,12 @@ from onnxplain.errors import InputError, OutOfMemoryError
 from onnxplain.graph.edit import (
     Rows,
     affine_frontier,
-    merge_rows,
+    has_rows,
     new_input,
     prune,
-    split_rows,
+    stack_rows,
     twin,
+    unstack_rows,
 )
 from onnxplain.graph.emit import Emitter, dims, rank
 from onnxplain.graph.grad import backward, check_path
@@ -90,6 +91,11 @@ def named_baselines(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.
     values = {v.name: v for v in model.graph.graph.inputs}
     found = {}
     for name in names:
+        if model.axes[name] is None:
+            raise InputError(
+                f"input '{name}' is shared by all examples (examples_axis), so a path of each "
+                "example's own can't lead to it; pass it in additional_forward_args"
+            )
         x, baseline = feeds.arrays[name], given.get(name)
         if baseline is None or np.ndim(baseline) == 0:
             array = np.full((1, *x.shape[1:]), 0 if baseline is None else baseline)
@@ -217,15 +223,47 @@ class IntegratedGradients(Attribution):
 
     def _difference(self, question: Question, starts: Mapping[str, np.ndarray]) -> np.ndarray:
         """The explained value at the end of the path minus that at its start, float64 [N]."""
+        if question.groups is None:
+            return self._ends(question, starts)
         program = self.model.program(("ends", question.key), lambda: self._build_ends(question))
         dtype = _working(question.wrt[0])
         ends = []
         for position in (1.0, 0.0):
-            rows, same = _split_feeds(question, starts)
-            same["positions"] = np.asarray([position], dtype)
+            rows, same = self._split_feeds(question, starts)
+            same[self._fed("positions")] = np.asarray([position], dtype)
             found = self.model.run(program, question.feeds, rows, same)
             ends.append(self._explained(question, next(iter(found.values()))))
         return ends[0] - ends[1]
+
+    def _ends(self, question: Question, starts: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The explained value at the inputs minus that at the baselines, float64 [N]."""
+        feeds = question.feeds
+        name = question.of.name or ""
+        program = self.model.forward([name])
+        begins = {k: np.broadcast_to(v, feeds.arrays[k].shape) for k, v in starts.items()}
+        end, begin = (
+            self._explained(question, self.model.run(program, replace(feeds, arrays=fed))[name])
+            for fed in (feeds.arrays, feeds.arrays | begins)
+        )
+        return np.asarray(end - begin)
+
+    def _fed(self, name: str | None, suffix: object = None) -> str:
+        """The name of an input or output of the explainer, one that the model does not have."""
+        return self.model.free_name(f"{name}" if suffix is None else f"{name}.{suffix}")
+
+    def _split_feeds(
+        self, question: Question, starts: Mapping[str, np.ndarray]
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """The baselines as feeds: those with a row per example, and those shared by all.
+
+        In front of a layer they meet other values with a row per example, so each has one too.
+        """
+        count = question.feeds.count
+        if question.groups is not None:
+            starts = {k: np.broadcast_to(v, (count, *v.shape[1:])) for k, v in starts.items()}
+        fed = {self._fed(k, "baseline"): v for k, v in starts.items()}
+        rows: dict[str, Any] = {k: v for k, v in fed.items() if len(v) == count}
+        return rows, {k: v for k, v in fed.items() if k not in rows}
 
     def _explained(self, question: Question, values: np.ndarray) -> np.ndarray:
         """The explained number of each example from the values of ``of``, float64 [N]."""
@@ -259,8 +297,12 @@ class IntegratedGradients(Attribution):
         internal_batch_size: int | None,
         return_convergence_delta: bool,
     ) -> Any:
-        if internal_batch_size is not None and internal_batch_size < 1:
-            raise InputError(f"internal_batch_size must be at least 1, not {internal_batch_size}")
+        if internal_batch_size is not None and (
+            not isinstance(internal_batch_size, int | np.integer) or internal_batch_size < 1
+        ):
+            raise InputError(
+                f"internal_batch_size must be an integer of at least 1, not {internal_batch_size!r}"
+            )
         positions, weights = quadrature(method, n_steps)
         starts = named_baselines(self.model, question.feeds, baselines)
         arrays = self._sum(question, starts, positions, weights, internal_batch_size)
@@ -281,26 +323,24 @@ class IntegratedGradients(Attribution):
         program = self.model.program(
             ("path", self.multiplies_by_inputs, question.key), lambda: self._build(question)
         )
-        feeds, count = question.feeds, question.feeds.count
-        rows, same = _split_feeds(question, starts)
-        rows["cotangent"] = question.seeds
+        feeds = question.feeds
+        rows, same = self._split_feeds(question, starts)
+        cotangent = self._fed("cotangent")
+        rows[cotangent] = question.seeds
         steps = len(positions)
-        if question.at_once:
-            size = steps if at_most is None else max(1, at_most // count)
-        else:
-            size = self._steps_at_once(program, question, rows, same, steps, at_most)
+        size = self._steps_at_once(program, question, rows, same, steps, at_most)
         totals: list[np.ndarray] | None = None
         start = 0
         while start < steps:
             piece = slice(start, min(start + size, steps))
             shared = same | {
-                "positions": positions[piece].astype(_working(question.wrt[0])),
-                "weights": weights[piece].astype(_working(question.of)),
+                self._fed("positions"): positions[piece].astype(_working(question.wrt[0])),
+                self._fed("weights"): weights[piece].astype(_working(question.of)),
             }
             try:
                 if question.at_once:
                     seed = np.asarray(question.seeds(slice(0, 1))[0])
-                    fed = {**feeds.arrays, **rows, **shared, "cotangent": seed}
+                    fed = {**feeds.arrays, **rows, **shared, cotangent: seed}
                     found = program.session(fed)
                 else:
                     limit = None if at_most is None else max(1, at_most // size)
@@ -310,7 +350,7 @@ class IntegratedGradients(Attribution):
                     raise
                 size = max(1, size // 2)
                 continue
-            parts = [found[f"attribution.{i}"] for i in range(len(question.wrt))]
+            parts = list(found.values())
             if totals is None:
                 totals = parts if piece.stop == steps else [p.astype(np.float64) for p in parts]
             else:
@@ -331,14 +371,20 @@ class IntegratedGradients(Attribution):
         at_most: int | None,
     ) -> int:
         """How many steps of one example fit the memory."""
-        if self.model.fixed_batch is not None:
+        aligned = all(has_rows(v) for v in question.wrt)
+        if question.at_once or not aligned:
+            # Only whole batches follow one another along the first axis: where that counts
+            # something else too (windows, time), and where one number stands for the whole batch,
+            # one step is run at a time.
             return 1
         arrays = {k: v for k, v in question.feeds.arrays.items() if self.model.axes[k] is not None}
         row = {k: take(v, slice(0, 1)).shape for k, v in {**arrays, **rows}.items()}
         shared = {k: v.shape for k, v in question.feeds.arrays.items() if k not in row}
         shared |= {k: v.shape for k, v in same.items()}
         # A step costs what a row of one step costs.
-        size = program.fitting(row, shared | {"positions": (1,), "weights": (1,)}, steps)
+        size = program.fitting(
+            row, shared | {self._fed("positions"): (1,), self._fed("weights"): (1,)}, steps
+        )
         return size if at_most is None else min(size, at_most)
 
     def _build(self, question: Question) -> ir.Model:
@@ -350,16 +396,18 @@ class IntegratedGradients(Attribution):
         """
         copy, op, of, path = self._along_path(question)
         graph = copy.graph
-        weights = ir.Value(name="weights", type=ir.TensorType(_wide(of)), shape=ir.Shape(["steps"]))
-        seed = new_input(graph, "cotangent", of, dims(of))
+        weights = ir.Value(
+            name=self._fed("weights"), type=ir.TensorType(_wide(of)), shape=ir.Shape(["steps"])
+        )
+        seed = new_input(graph, self._fed("cotangent"), of, dims(of))
         graph.inputs.append(weights)
         seeds = seed
         if not question.at_once:
             # Linear in the cotangent: weighting it weights the gradients, and costs nothing.
             scaled = op.Mul(
-                op.Unsqueeze(_widen(op, seed), [1]), _along_steps(op, weights, rank(of))
+                op.Unsqueeze(_widen(op, seed), [0]), _along_steps(op, weights, rank(of))
             )
-            seeds = merge_rows(op, op.cast_like(scaled, of), of)
+            seeds = stack_rows(op, op.cast_like(scaled, of), of)
         # Sums over the steps commute with what is affine, so the last part of the way back, often
         # a whole convolution, is gone once an example instead of once a step.
         rows = {point.rows: point.value for point in path}
@@ -368,20 +416,23 @@ class IntegratedGradients(Attribution):
         for value, grad in zip(
             frontier, backward(op, {of: seeds}, frontier, opset=self.model.opset), strict=True
         ):
-            steps = _widen(op, split_rows(op, grad, path[0].times, value))
+            steps = _widen(op, unstack_rows(op, grad, path[0].times, value))
             if question.at_once:
                 steps = op.Mul(steps, _along_steps(op, op.cast_like(weights, steps), rank(value)))
-            totals.append(op.cast_like(op.ReduceSum(steps, [1], keepdims=0), value))
-        ends = twin(op, frontier, rows)
+            totals.append(op.cast_like(op.ReduceSum(steps, [0], keepdims=0), value))
+        # Sources that depend on each other are independent here: each is on its own path.
+        sources = {new: op.Identity(value) for new, value in rows.items()}
+        for leaf, value in zip(sources.values(), rows.values(), strict=True):
+            leaf.shape = value.shape
+        ends = twin(op, frontier, sources)
         grads = backward(
-            op, dict(zip(ends, totals, strict=True)), list(rows.values()), opset=self.model.opset
+            op, dict(zip(ends, totals, strict=True)), list(sources.values()), opset=self.model.opset
         )
         graph.outputs.clear()
         for i, (point, grad) in enumerate(zip(path, grads, strict=True)):
             total = _widen(op, grad)
-            emit_attribution(
-                op, op.Mul(total, point.delta) if self.multiplies_by_inputs else total, i
-            )
+            result = op.Mul(total, point.delta) if self.multiplies_by_inputs else total
+            emit_attribution(op, result, self._fed("attribution", i), point.value)
         prune(copy)
         return copy
 
@@ -402,11 +453,13 @@ class IntegratedGradients(Attribution):
         check_path(graph, [of], wrt)  # the rewrite below would hide the names that the user knows
         op = Emitter(graph, "explain")
         baselines = {
-            v: new_input(graph, f"{v.name}.baseline", v, ["baselines", *dims(v)[1:]])
+            v: new_input(graph, self._fed(v.name, "baseline"), v, ["baselines", *dims(v)[1:]])
             for v in inputs
         }
         positions = ir.Value(
-            name="positions", type=ir.TensorType(_wide(wrt[0])), shape=ir.Shape(["steps"])
+            name=self._fed("positions"),
+            type=ir.TensorType(_wide(wrt[0])),
+            shape=ir.Shape(["steps"]),
         )
         graph.inputs.append(positions)
         times = op.Shape(positions)
@@ -415,31 +468,22 @@ class IntegratedGradients(Attribution):
             begin, end = _widen(op, start), _widen(op, value)
             delta = op.Sub(end, begin)
             line = op.Add(
-                op.Unsqueeze(begin, [1]),
-                op.Mul(op.Unsqueeze(delta, [1]), _along_steps(op, positions, rank(value))),
+                op.Unsqueeze(begin, [0]),
+                op.Mul(op.Unsqueeze(delta, [0]), _along_steps(op, positions, rank(value))),
             )
-            rows = merge_rows(op, op.cast_like(line, value), value)
+            rows = stack_rows(op, op.cast_like(line, value), value)
             path.append(_Point(value, delta, rows, times))
-        Rows(op, [of], {p.value: p.rows for p in path}, times)
-        graph.sort()
+        (of,) = Rows(op, [of], {p.value: p.rows for p in path}, times).of
         return copy, op, of, path
 
     def _delta(
         self, question: Question, result: Any, starts: Mapping[str, np.ndarray]
     ) -> np.ndarray:
         """The sum of attributions minus the difference of the outputs, float64 [N]."""
-        feeds = question.feeds
-        name = question.of.name or ""
-        program = self.model.forward([name])
-        begins = {k: np.broadcast_to(v, feeds.arrays[k].shape) for k, v in starts.items()}
-        ends = [
-            self._explained(question, self.model.run(program, replace(feeds, arrays=fed))[name])
-            for fed in (feeds.arrays, feeds.arrays | begins)
-        ]
         total = question.sums(result)
         if question.at_once:
             total = total.sum(keepdims=True)
-        return np.asarray(total - (ends[0] - ends[1]))
+        return total - self._ends(question, starts)
 
 
 class LayerIntegratedGradients(IntegratedGradients):
@@ -532,15 +576,6 @@ class NeuronIntegratedGradients(IntegratedGradients):
         return self._integrate(question, baselines, n_steps, method, internal_batch_size, False)
 
 
-def _split_feeds(
-    question: Question, starts: Mapping[str, np.ndarray]
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The baselines as feeds: those with a row per example, and those shared by all."""
-    fed = {f"{k}.baseline": v for k, v in starts.items()}
-    rows = {k: v for k, v in fed.items() if len(v) == question.feeds.count}
-    return rows, {k: v for k, v in fed.items() if k not in rows}
-
-
 def _wide(value: ir.Value) -> ir.DataType:
     """Half precision is too coarse for positions on a path: they are float32 then."""
     assert value.dtype is not None
@@ -556,5 +591,5 @@ def _widen(op: Emitter, value: ir.Value) -> ir.Value:
 
 
 def _along_steps(op: Emitter, vector: ir.Value, value_rank: int) -> ir.Value:
-    """[S] as [1, S, 1, ...], to broadcast against [N, S, ...]."""
-    return op.Reshape(vector, [1, -1, *[1] * (value_rank - 1)])
+    """[S] as [S, 1, ...], to broadcast against [S, N, ...]."""
+    return op.Reshape(vector, [-1, *[1] * value_rank])

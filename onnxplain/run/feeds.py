@@ -180,7 +180,7 @@ def _as_dtype(value: ir.Value, array: np.ndarray, where: str) -> np.ndarray:
     elif value.dtype.is_floating_point() and array.dtype.kind in "fiub":
         with np.errstate(over="ignore"):
             cast = array.astype(wanted)
-    elif kind in "iu" and array.dtype.kind in "iu":
+    elif kind in "iub" and array.dtype.kind in "iub":
         cast = array.astype(wanted)
         if not np.array_equal(cast, array):
             raise InputError(f"{where}: some values do not fit the model's {wanted}")

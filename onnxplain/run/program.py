@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxplain.errors import InputError, OutOfMemoryError
+from onnxplain.errors import InputError, OutOfMemoryError, UnsupportedModelError
+from onnxplain.graph.edit import BATCH
+from onnxplain.graph.emit import dims
 from onnxplain.run import memory
 from onnxplain.run.session import Provider, Session
 
@@ -124,7 +126,9 @@ class Program:
                 return self.batch or 1
             return self.fitting(row, same, min(count, max(at_most or count, 1)))
 
-        limited = self.settings.memory_limit is not None and self.session.on_cpu and self.batch is None
+        limited = (
+            self.settings.memory_limit is not None and self.session.on_cpu and self.batch is None
+        )
         cost = self._cost(row, same) if limited else _Cost(0, 0)
         size, start = choose(), 0
         placed = self.session.place(shared)
@@ -166,17 +170,46 @@ class Program:
         outputs: Sequence[str] | None = None,
         at_most: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """As :meth:`chunks`, the results put together along the first axis."""
-        whole: dict[str, np.ndarray] = {}
-        for piece, results in self.chunks(rows, shared, count, outputs, at_most):
-            for name, part in results.items():
-                if piece == slice(0, count):
-                    whole[name] = part
-                else:
-                    if name not in whole:
-                        whole[name] = np.empty((count, *part.shape[1:]), part.dtype)
-                    whole[name][piece] = part
-        return whole
+        """As :meth:`chunks`, the results put together along the first axis.
+
+        Where a result has no row per example (one number for all, time first), all rows are run at
+        once.
+
+        Raises:
+            UnsupportedModelError: such a result of a graph that takes another number of rows.
+        """
+        if all(self._by_rows(name) for name in outputs or self.session.outputs):
+            whole: dict[str, np.ndarray] = {}
+            for piece, results in self.chunks(rows, shared, count, outputs, at_most):
+                if any(r.shape[:1] != (piece.stop - piece.start,) for r in results.values()):
+                    break  # a first axis of unknown size turned out to count something else
+                for name, part in results.items():
+                    if piece == slice(0, count):
+                        whole[name] = part
+                    else:
+                        if name not in whole:
+                            whole[name] = np.empty((count, *part.shape[1:]), part.dtype)
+                        whole[name][piece] = part
+            else:
+                return whole
+        if self.batch is not None and self.batch != count:
+            raise UnsupportedModelError(
+                f"{count} examples were given to a model that takes {self.batch} at a time, and a "
+                "wanted value has no row per example, so it can't be put together; give exactly "
+                f"{self.batch}"
+            )
+        feeds = {name: take(feed, slice(0, count)) for name, feed in rows.items()}
+        return self.session({**feeds, **shared}, outputs)
+
+    def _by_rows(self, name: str) -> bool:
+        """Whether an output's first axis counts the examples, or may for all that is known."""
+        value = next(v for v in self.model.graph.outputs if v.name == name)
+        if value.shape is None:
+            return True
+        d = dims(value)
+        if not d or BATCH in d[1:]:
+            return False
+        return d[0] == self.batch if isinstance(d[0], int) else True
 
 
 def take(feed: Rows, piece: slice) -> np.ndarray:

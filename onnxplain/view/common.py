@@ -18,6 +18,7 @@ from onnxplain.result import Display, Explanation, Layout
 # Far apart in hue and lightness for every common kind of color vision.
 RED, BLUE = np.array([0.80, 0.07, 0.12]), np.array([0.04, 0.30, 0.78])
 DPI = 150
+SPARSE = 0.1  # below this share of nonzero attributions, percentiles are of these alone
 
 
 @dataclass(frozen=True)
@@ -128,16 +129,22 @@ def image_layout(shape: tuple[int, ...]) -> Layout:
 
 
 def scale(values: np.ndarray, percentile: float = 100.0) -> Scale:
-    """A limit symmetric around zero: the percentile of |values|, or the largest if that is 0."""
+    """A limit symmetric around zero: the percentile of |values|, or the largest if that is 0.
+
+    Where most attributions are zero, the percentile is of the others: else it would clip nearly all
+    of them.
+    """
     if not 0 < percentile <= 100:
         raise InputError(f"percentile {percentile} is outside (0, 100]")
     size = np.abs(values)
     largest = float(size.max(initial=0.0))
-    limit = float(np.percentile(size, percentile)) if size.size else 0.0
     if largest == 0:
         return Scale(0.0, "all attributions are zero", False)
+    few = np.count_nonzero(size) < SPARSE * size.size
+    limit = float(np.percentile(size[size > 0] if few else size, percentile))
     if 0 < limit < largest:
-        which = f"{percentile:g}{_ordinal(percentile)} percentile of |attribution|: {number(limit)}"
+        of = "nonzero |attribution|" if few else "|attribution|"
+        which = f"{percentile:g}{_ordinal(percentile)} percentile of {of}: {number(limit)}"
         return Scale(limit, f"colors clipped at the {which} (largest: {number(largest)})", True)
     return Scale(largest, f"colors not clipped: largest |attribution| {number(largest)}", False)
 
@@ -219,7 +226,7 @@ def position(explanation: Explanation, index: tuple[int, ...]) -> str:
 
 
 def headline(frame: Frame) -> str:
-    """Method, what it explains, of which array, and the convergence delta where there is one."""
+    """Method, what it explains, of which array and file, and the convergence delta if any."""
     return " · ".join(_facts(frame))
 
 
@@ -254,6 +261,8 @@ def _facts(frame: Frame) -> list[str]:
         parts.append(f"layer {explanation.layer}")
     elif len(explanation.arrays) > len(frame.names):
         parts.append(f"input {frame.names[0]}")
+    if name := explanation.name(example):
+        parts.append(name)
     parts += [
         f"{words} {number(float(np.abs(rows).mean()) if rows.size > 1 else float(rows[0]))}"
         + (f" (mean size of {rows.size})" if rows.size > 1 else "")

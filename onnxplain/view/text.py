@@ -18,7 +18,7 @@ _COLUMNS, _MOST_LINES = 84, 120
 def colored(frame: Frame, percentile: float = 100.0) -> tuple[list[tuple[str, float]], Scale]:
     """Tokens with their attributions (embedding axes summed), and the scale of the colors.
 
-    Positions after the last token, such as padding, are summed in one last entry.
+    Positions after the last token, such as padding, are summed in one last entry unless all are 0.
     """
     tokens = frame.display.tokens[frame.example] if frame.display.tokens is not None else None
     values = frame.values.reshape(len(frame.values), -1).sum(axis=1) if frame.values.ndim else None
@@ -29,8 +29,8 @@ def colored(frame: Frame, percentile: float = 100.0) -> tuple[list[tuple[str, fl
             " explain the token input or a layer with one position per token"
         )
     pairs = [(common.printable(t), float(v)) for t, v in zip(tokens, values, strict=False)]
-    if len(values) > len(tokens):
-        rest = values[len(tokens) :]
+    rest = values[len(tokens) :]
+    if rest.any():
         pairs.append((f"(+{len(rest)} positions)", float(rest.sum())))
     return pairs, common.scale(values, percentile)
 

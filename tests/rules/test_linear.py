@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from onnxplain.errors import UnsupportedModelError
+from onnxplain.rules.vjp import window
 from tests.projection import Case, check, evaluate, gradient, load, make_model
 
 rng = np.random.default_rng(3)
@@ -204,6 +205,24 @@ def test_matmul_closed_form() -> None:
     _, ga, gb = evaluate(back, {"x0": a, "x1": b, "cotangent": g})
     np.testing.assert_allclose(ga, g @ b.T, rtol=1e-12)
     np.testing.assert_allclose(gb, a.T @ g, rtol=1e-12)
+
+
+@pytest.mark.parametrize("case", [c for c in CONV if c.const], ids=str)
+def test_conv_by_phases(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows above have few channels, which onnxruntime's transposed convolution does faster."""
+    monkeypatch.setattr(window, "_BLOCK", 0)
+    check(case)
+
+
+@pytest.mark.parametrize("strides", [[1, 1], [2, 2]])
+def test_few_channels_take_a_transposed_convolution(strides: list[int]) -> None:
+    def operators(channels: int) -> list[str]:
+        shapes = (1, channels, 8, 8), (16, channels, 3, 3)
+        case = row("Conv", *shapes, strides=strides, pads=[1, 1, 1, 1], const=(1,))
+        return [n.op_type for n in gradient(load(make_model(case)), "y0", ["x0"]).graph]
+
+    assert "ConvTranspose" in operators(8)
+    assert "ConvTranspose" not in operators(9)
 
 
 def test_known_strides_need_no_transposed_convolution() -> None:

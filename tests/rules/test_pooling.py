@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
+from onnxplain.rules.vjp import pooling
 from tests.projection import Case, check, evaluate, gradient, load, make_model
 
 rng = np.random.default_rng(5)
@@ -19,11 +22,10 @@ def rows(op: str, shape: tuple[int, ...], kernel: list[int] | None, **attrs: obj
         attrs["kernel_shape"] = kernel
     name = "x".join(map(str, shape)) + "".join(f"-{k}{v}" for k, v in attrs.items())
     x = r(shape)
-    symbolic = Case(op, [x], attrs, name=f"{name}-symbolic", symbolic=(0,))
-    if attrs.get("strides") == [3, 3]:
-        # A window that starts behind the input is none; ONNX's shape inference counts it.
-        return [symbolic]
-    return [Case(op, [x], attrs, name=name), symbolic]
+    return [
+        Case(op, [x], attrs, name=name),
+        Case(op, [x], attrs, name=f"{name}-symbolic", symbolic=(0,)),
+    ]
 
 
 # Geometries that all pools of windows share.
@@ -77,14 +79,40 @@ def test_projection(case: Case) -> None:
     check(case)
 
 
+@pytest.fixture(params=["indices", "slices", "symbolic"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The ways back through MaxPool: by indices where it is small or of unknown size, or by slices.
+
+    The rows above are small.
+    """
+    if request.param == "slices":
+        monkeypatch.setattr(pooling, "_SMALL", -1)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("case", [c for c in MAX if not c.symbolic], ids=str)
+def test_max_pool_by_slices(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooling, "_SMALL", -1)
+    check(case)
+
+
+def test_max_pool_chooses_by_size() -> None:
+    def operators(side: int) -> set[str]:
+        case = Case("MaxPool", [np.zeros((1, 2, side, side))], {"kernel_shape": [2, 2]})
+        return {n.op_type for n in gradient(load(make_model(case)), "y0", ["x0"]).graph}
+
+    assert "ScatterND" in operators(64)
+    assert "ScatterND" not in operators(65)
+
+
 def _gradient_of(op: str, x: np.ndarray, g: np.ndarray, symbolic: bool, **attrs: object) -> Any:
     case = Case(op, [x], attrs, symbolic=(0,) if symbolic else ())
     back = gradient(load(make_model(case)), "y0", ["x0"])
     return evaluate(back, {"x0": x, "cotangent": g})[1]
 
 
-@pytest.mark.parametrize("symbolic", [False, True])
-def test_max_pool_gives_ties_to_the_first_in_row_major_order(symbolic: bool) -> None:
+def test_max_pool_gives_ties_to_the_first_in_row_major_order(form: str) -> None:
+    symbolic = form == "symbolic"
     x = np.zeros((1, 1, 4, 4))
     g = np.arange(1.0, 5.0).reshape(1, 1, 2, 2)
     attrs = {"kernel_shape": [2, 2], "strides": [2, 2]}
@@ -98,8 +126,8 @@ def test_max_pool_gives_ties_to_the_first_in_row_major_order(symbolic: bool) -> 
     np.testing.assert_array_equal(got[0, 0, :2, :2], [[0, 1], [0, 0]])
 
 
-@pytest.mark.parametrize("symbolic", [False, True])
-def test_overlapping_windows_add_up(symbolic: bool) -> None:
+def test_overlapping_windows_add_up(form: str) -> None:
+    symbolic = form == "symbolic"
     x = np.zeros((1, 1, 5, 5))
     x[0, 0, 2, 2] = 1.0
     attrs = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
@@ -108,6 +136,27 @@ def test_overlapping_windows_add_up(symbolic: bool) -> None:
     want[2, 2] = 1.0
     # Padding is never chosen, and each of the other windows has its own first zero.
     want[[0, 0, 0, 1, 1, 3, 3, 3], [0, 1, 3, 0, 3, 0, 1, 3]] = 1.0
+    np.testing.assert_array_equal(got[0, 0], want)
+
+
+@pytest.mark.parametrize("low", [-np.inf, np.finfo(np.float32).min])
+def test_max_pool_of_nothing_but_minus_infinity_gives_it_to_the_first(
+    form: str, low: float
+) -> None:
+    x, g = np.full((1, 1, 4, 4), low, np.float32), np.arange(1, 10, dtype=np.float32)
+    x[0, 0, 2, 2] = 0.0
+    case = Case(
+        "MaxPool",
+        [x.astype(np.float64)],
+        {"kernel_shape": [2, 2], "pads": [1, 1, 0, 0], "strides": [2, 2]},
+        symbolic=(0,) if form == "symbolic" else (),
+    )
+    back = gradient(load(make_model(case, "float32")), "y0", ["x0"])
+    session = ort.InferenceSession(ir.to_proto(back).SerializeToString())
+    g = g[:4].reshape(1, 1, 2, 2)
+    got = session.run(None, {"x0": x, "cotangent": g})[1]
+    want = np.zeros((4, 4))
+    want[0, 0], want[0, 1], want[1, 0], want[2, 2] = 1, 2, 3, 4
     np.testing.assert_array_equal(got[0, 0], want)
 
 

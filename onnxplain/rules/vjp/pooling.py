@@ -18,7 +18,8 @@ TABLE = RuleTable("pooling")
 rule = TABLE.rule
 
 _SMALL = 8192
-"""Values per example up to which a maximum pool """
+"""Values per example of a maximum pool up to which indices are the faster way back: each node costs
+onnxruntime some microseconds. Measured: 2-5 times faster at 6272 values, slower at 16384."""
 
 
 @rule("MaxPool")
@@ -27,7 +28,8 @@ def max_pool(op: Emitter, n: Call, g: Any) -> Any:
 
     That is the first row with the maximum, and in it the first column with the row's: a pool of
     many axes is one pool after the other, the last axis first. To compare slices along one axis at
-    a time takes half the time of indices, for which onnxruntime leaves its fast kernel.
+    a time takes half the time of indices, for which onnxruntime leaves its fast kernel, but many
+    nodes.
     """
     x, kernel = n.x[0], n.attr("kernel_shape")
     at, sizes = window(op, n, kernel), known(dims(x)[1:])
@@ -94,7 +96,7 @@ class _Lane:
     ) -> ir.Value:
         """The cotangent of ``x`` [N, *before] from that of ``y`` [N, *after]."""
         axis += 1
-        phases = phases_of(op, x, axis, before, self.stride, -np.inf)
+        phases = phases_of(op, x, axis, before, self.stride, np.nan)  # equal to no maximum
         steps = -(-before[axis] // self.stride)
         found: dict[int, ir.Value] = {}
         for tap in range(self.kernel):
@@ -102,7 +104,7 @@ class _Lane:
             shift = [-ahead, ahead + after[axis] - steps]
             share = g
             if tap < self.kernel - 1:  # what no earlier position took is left to the last
-                value = _shifted(op, phases[phase], shift, axis, -np.inf)
+                value = _shifted(op, phases[phase], shift, axis, np.nan)
                 share = op.Mul(g, op.cast_like(op.Equal(value, y), g))
                 g = op.Sub(g, share)
             share = _shifted(op, share, [-s for s in shift], axis, 0.0)
@@ -207,7 +209,8 @@ def _average(op: Emitter, n: Call, g: ir.Value) -> ir.Value:
     kernel = op.const(np.ones((1, 1, *kernel)), x.dtype)
     count = op.Conv(ones, kernel, strides=at.strides, dilations=at.dilations)
     if ceil:
-        count = op.Slice(count, [0] * axes, op.Shape(y, start=2), list(range(2, 2 + axes)))
+        stop = op.vector(*op.sizes(y)[2:])
+        count = op.Slice(count, [0] * axes, stop, list(range(2, 2 + axes)))
     return op.Div(g, count)
 
 
