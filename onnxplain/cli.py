@@ -221,7 +221,7 @@ _preprocessing_options = _options(
         "--scale",
         metavar="S",
         callback=_setting("scale"),
-        help="Times 0..255 [1/255; 1 where a mean or std is above 1, so of 0..255].",
+        help="Times 0..255 [1/255; 1 if mean > 1 or std > 2: these are of 0..255].",
     ),
     click.option("--mean", metavar="A,B,C", callback=_setting("mean"), help="Then subtract [0]."),
     click.option("--std", metavar="A,B,C", callback=_setting("std"), help="Then divide by [1]."),

@@ -106,11 +106,10 @@ def explain(
     else:
         assert layer is not None
         arrays, form = _by_layer(result, layer)
-    _warn_when_poor(checks, arrays, model)
     given = {"neuron": neuron} if neuron is not None else {}
     given |= {"seed": seed} if "random" in info.needs else {}
     record = {"baselines": _described(baselines)} if info.takes_baselines else {}
-    return Explanation(
+    explanation = Explanation(
         method=method,
         inputs={k: feeds.arrays[k] for k in feeds.explained},
         arrays=arrays,
@@ -124,6 +123,8 @@ def explain(
         provenance={**_provenance(model), **record, **(provenance or {})},
         display=display,
     )
+    _warn_when_poor(explanation, model)
+    return explanation
 
 
 def explainable_inputs(model: Model, of: str | None = None) -> tuple[str, ...]:
@@ -261,18 +262,16 @@ def _by_layer(result: Any, layer: str) -> tuple[dict[str, np.ndarray], str]:
     return {f"{layer}.{i}": part for i, part in enumerate(parts)}, "tuple"
 
 
-def _warn_when_poor(
-    checks: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray], model: Model
-) -> None:
+def _warn_when_poor(explanation: Explanation, model: Model) -> None:
     """Say which examples have attributions that are no numbers, or that don't add up."""
-    finite = [np.isfinite(a.reshape(len(a), -1)).all(axis=1) for a in arrays.values()]
+    finite = [np.isfinite(a.reshape(len(a), -1)).all(axis=1) for a in explanation.arrays.values()]
     if bad := sorted({int(i) for row in finite for i in np.flatnonzero(~row)}):
         warnings.warn(
-            f"attributions of {_listed(bad)} are NaN or infinite: the model overflows on the way "
-            "there; look for extreme values in the input or the baseline",
+            f"attributions of {_listed(bad, explanation)} are NaN or infinite: the model "
+            "overflows on the way there; look for extreme values in the input or the baseline",
             stacklevel=3,
         )
-    gap = checks.get("relative_convergence_delta")
+    gap = explanation.checks.get("relative_convergence_delta")
     if gap is None:
         return
     poor = [int(i) for i in np.flatnonzero(~(gap <= POOR_DELTA)) if i not in bad]
@@ -281,8 +280,8 @@ def _warn_when_poor(
         operators = {node.op_type for node in model.graph.graph}
         rounded = any("QuantizeLinear" in name or "QLinear" in name for name in operators)
         warnings.warn(
-            f"the attributions of {_listed(poor)} miss the difference they should add up to by up "
-            f"to {gap[poor].max():.0%}; "
+            f"the attributions of {_listed(poor, explanation)} miss the difference they should add "
+            f"up to by up to {gap[poor].max():.0%}; "
             + (
                 "the model is quantized, and more steps won't help: compare with the model "
                 "before quantization, or try another baseline"
@@ -293,10 +292,10 @@ def _warn_when_poor(
         )
 
 
-def _listed(examples: list[int]) -> str:
-    """Examples by their indices."""
-    shown = ", ".join(map(str, examples[:10])) + (", ..." if len(examples) > 10 else "")
-    return f"{len(examples)} example(s) (index {shown})"
+def _listed(examples: list[int], explanation: Explanation) -> str:
+    """Examples by their indices, and names where they have some."""
+    words = [f"{i} {explanation.name(i)}".strip() for i in examples[:10]]
+    return f"{len(examples)} example(s) (index {', '.join(words)}{', ...' * (len(examples) > 10)})"
 
 
 def _provenance(model: Model) -> dict[str, str]:

@@ -182,9 +182,8 @@ class Model:
             if source in ids and node.op_type in _KEEP_VALUES and constant:
                 if y.dtype != ir.DataType.BOOL:
                     ids.add(y)
-            elif node.op_type == "Gather" and others[0] in ids and is_float(y):
-                if const_array(source) is not None:
-                    found.append(y)
+            elif node.op_type == "Gather" and others[0] in ids and const_array(source) is not None:
+                found += [y] if is_float(y) else []
         return tuple(found)
 
     def embedding(self, name: str) -> ir.Value | None:
@@ -350,14 +349,13 @@ def _evaluate(model: ir.Model, feeds: Mapping[str, np.ndarray]) -> dict[str, np.
 def _axes(
     given: int | Mapping[str, int | None] | None, names: Sequence[str]
 ) -> dict[str, int | None]:
-    by_name = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
-    for axis in by_name.values():
+    for axis in given.values() if isinstance(given, Mapping) else [given]:
         if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
             raise InputError(
                 f"examples_axis is an integer, None or a dict of these by input name, not {axis!r}"
             )
     if not isinstance(given, Mapping):
-        return by_name
+        return dict.fromkeys(names, given)
     unknown = [k for k in given if k not in names]
     if unknown:
         raise InputError(

@@ -164,6 +164,8 @@ def test_layers_one_behind_the_other() -> None:
     want_b = np.where(np.arange(3) == 0, b * (a + 2 * b) / 2, 0)
     np.testing.assert_allclose(both[0], want_a, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(both[1], want_b, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ox.LayerError, match="twice"):
+        ox.LayerIntegratedGradients(m, ["a", "a"]).attribute(x, target=0)
     itself = ox.LayerIntegratedGradients(m, "y").attribute(x, target=1)
     np.testing.assert_allclose(itself, m(x)["y"] * np.eye(3)[1], rtol=1e-4, atol=1e-5)
 

@@ -368,8 +368,8 @@ def resolve(given: Preprocessing, spec: InputSpec) -> Preprocessing:
     """``given`` completed for the model input ``spec``, and checked against it.
 
     A picture gets the size that the model fixes, and values of 0..1 (0..255 for an integer input,
-    or where a mean or std above 1 can only be of such values). InputError where settings
-    contradict each other or the model.
+    or where a mean above 1 or a std above 2 can only be of such values). InputError where
+    settings contradict each other or the model.
     """
     done = given.over(guess(spec))
     if done.kind != "image":
@@ -390,12 +390,13 @@ def resolve(given: Preprocessing, spec: InputSpec) -> Preprocessing:
     mean, std = done.mean or (0.0,), done.std or (1.0,)
     if {len(mean), len(std)} - {1, len(channels)}:
         raise InputError(f"mean {list(mean)} and std {list(std)} don't fit the channels {channels}")
-    bytewise = _whole(spec) or max(map(abs, mean + std)) > 1
+    most, widest = max(map(abs, mean)), max(map(abs, std))
+    bytewise = _whole(spec) or most > 1 or widest > 2
     scale = done.scale or (1.0 if bytewise else 1 / 255)
-    if (most := max(map(abs, mean))) > 255 * abs(scale):
+    if most > 255 * abs(scale):
         log.warning(
-            "the mean %g lies outside the picture's values, which the scale %g takes to 0..%g; a "
-            "mean of 0..255 goes with scale 1",
+            "a mean of %g lies outside the picture's values, which the scale %g takes to 0..%g; "
+            "a mean of 0..255 goes with scale 1",
             *(most, scale, 255 * scale),
         )
     fixed = tuple(shape[done.layout.index(axis)] for axis in "HW")

@@ -142,7 +142,7 @@ def _load(
     if len({part.shape[1:] for part in parts}) > 1:
         shapes = ", ".join(str(list(part.shape)) for part in parts)
         raise InputError(f"inputs of shapes {shapes} can't be one batch; say --size")
-    array = np.concatenate(parts)
+    array = np.concatenate(parts) if len(parts) > 1 else parts[0]
     display.names = [row for pair in zip(items, parts, strict=True) for row in _rows(*pair)]
     if setting.kind == "text" and array.ndim == 2:
         display.tokens = token_names(array, setting)
@@ -165,7 +165,9 @@ def _load(
 def _rows(item: Any, part: np.ndarray) -> list[str]:
     """What to call each example of one source: the file, and the row where it has several."""
     name = "" if isinstance(item, np.ndarray) else Path(item).name
-    return [name] if len(part) == 1 else [f"{name} row {i + 1}".strip() for i in range(len(part))]
+    if part.ndim == 0 or len(part) == 1:
+        return [name]
+    return [f"{name} row {i + 1}".strip() for i in range(len(part))]
 
 
 def _is_array(item: Any) -> bool:

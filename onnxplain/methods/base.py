@@ -172,6 +172,9 @@ class Attribution:
             wrt = tuple(by_name[name] for name in feeds.explained)
         else:
             wrt = tuple(v for group in groups for v in group)
+            twice = next((v.name for v in wrt if wrt.count(v) > 1), None)
+            if twice is not None:
+                raise LayerError(f"layer '{twice}' is named twice: name each layer once")
             form = "list" if isinstance(self._wrt, list) else "array"
         for value in wrt:
             self._check_source(value)

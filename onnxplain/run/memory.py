@@ -83,27 +83,29 @@ def budget(limit: int | None) -> int:
 
 
 def live_bytes(model: ir.Model, input_shapes: Mapping[str, Sequence[int]]) -> int:
-    """Peak bytes of values alive at once when the graph runs in order (weights not counted)."""
+    """Peak bytes of values alive at once when the graph runs in order (weights not counted).
+
+    A value of unknown shape counts as the largest value that its node reads.
+    """
     found = shapes.concrete(model, input_shapes)
     sizes = {
-        name: item * math.prod(shape) if shape is not None else None
-        for name, (item, shape) in found.items()
+        name: item * math.prod(shape) for name, (item, shape) in found.items() if shape is not None
     }
-    known = [s for s in sizes.values() if s is not None]
-    fallback = max(known, default=0)  # a value of unknown shape counts as the largest known one
+
+    def size(value: ir.Value) -> int:
+        return sizes.get(value.name or "", 0)
 
     graph = model.graph
     last: dict[ir.Value, int] = {}
     nodes = list(graph)
     for i, node in enumerate(nodes):
-        for value in reads(node):
-            last[value] = i
+        read = list(reads(node))
+        last |= dict.fromkeys(read, i)
+        estimate = max((size(v) for v in read if not v.is_initializer()), default=0)
+        for value in node.outputs:
+            sizes.setdefault(value.name or "", estimate)
     for value in graph.outputs:
         last[value] = len(nodes)
-
-    def size(value: ir.Value) -> int:
-        got = sizes.get(value.name or "")
-        return fallback if got is None else got
 
     dying: dict[int, list[ir.Value]] = {}
     for value, i in last.items():
