@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxplain.errors import InputError, LayerError
-from onnxplain.graph import batch, edit, grad, load, normalize, opset, outputs, shapes
+from onnxplain.graph import batch, edit, grad, load, lower, normalize, opset, outputs, shapes
 from onnxplain.graph.emit import Emitter, const_array, dims, is_float
 from onnxplain.graph.names import Layer, Names
 from onnxplain.rules import Rules
@@ -265,15 +265,21 @@ class Model:
 
     # ---- rewriting ----------------------------------------------------------------------------
 
-    def rewriting(self, *values: ir.Value) -> tuple[ir.Model, list[ir.Value]]:
+    def rewriting(self, *values: ir.Value, exact: bool = True) -> tuple[ir.Model, list[ir.Value]]:
         """A copy of the graph to rewrite and the copies of some of its values.
 
-        BatchNormalization is folded into convolutions, except where one of these values lies in
-        between.
+        BatchNormalization is folded into convolutions, and a Relu moved behind a MaxPool, except
+        where one of these values lies in between.
+
+        Args:
+            values: values of the graph.
+            exact: the true derivative will be taken; False keeps every Relu where it is.
         """
-        copy = self.graph.clone()
-        normalize.fold_batchnorm(copy, {v.name or "" for v in values})
-        index = edit.value_index(copy.graph)  # folding replaces values that it keeps the names of
+        copy, names = self.graph.clone(), {v.name or "" for v in values}
+        normalize.fold_batchnorm(copy, names)
+        if exact:
+            lower.sink_relu(copy, names)
+        index = edit.value_index(copy.graph)  # both replace values whose names they keep
         return copy, [index[v.name or ""] for v in values]
 
     def free_name(self, name: str) -> str:
@@ -311,7 +317,7 @@ def differentiate(
     sources = [single(model, name) for name in ([wrt] if isinstance(wrt, str) else wrt)]
     if not sources:
         raise InputError("wrt is empty: name at least one input or layer")
-    copy, (target, *sources) = model.rewriting(target, *sources)
+    copy, (target, *sources) = model.rewriting(target, *sources, exact=rules is None)
     known = {v.name for v in copy.graph.inputs}
     backward = grad.differentiate(copy, target, sources, VJP if rules is None else rules)
     _move_axes(backward, model.axes, back=True)

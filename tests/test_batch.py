@@ -7,6 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+import onnxplain as ox
 from onnxplain.errors import InputError
 from onnxplain.graph.batch import BatchReport, make_dynamic
 from onnxplain.graph.load import load
@@ -287,6 +288,56 @@ def test_a_symbol_that_a_constant_contradicts() -> None:
     compare(before, model, 1)
 
 
+def test_a_symbol_where_two_examples_were_traced() -> None:
+    text = """g (float[N,3,4] x) => (float[N,8,2] y) { a = Concat <axis=1> (k, x)
+        y = Reshape (a, s) }"""
+    weights = {"s": [2, -1, 2], "k": np.tile(f32(1, 1, 4), (2, 1, 1))}
+    before, model = normal(text, **weights), normal(text, **weights)
+    assert make_dynamic(model, axes(model), evaluate) == BatchReport("rewritten", 2)
+    feeds = {"x": f32(4, 3, 4)}
+    parts = [evaluate(before, {"x": feeds["x"][i : i + 2]})["y"] for i in (0, 2)]
+    np.testing.assert_array_equal(evaluate(model, feeds)["y"], np.concatenate(parts))
+
+
+def test_a_symbol_where_only_two_examples_fit() -> None:
+    """Each has constants of its own, so one row means nothing: pairs are run."""
+    model = normal("g (float[N,3] x) => (float[N,3] y) { y = Add (x, k) }", k=f32(2, 3))
+    report = make_dynamic(model, axes(model), evaluate)
+    assert (report.mode, report.batch) == ("rows", 2)
+    assert [v.shape for v in (*model.graph.inputs, *model.graph.outputs)] == [(2, 3), (2, 3)]
+
+
+COUPLED = {
+    "mean": "m = ReduceMean (x, zero) y = Sub (x, m)",
+    "softmax": "y = Softmax <axis=-2> (x)",
+    "sum": "y = CumSum (x, first)",
+    "matmul": "t = Transpose <perm=[1,0]> (x) a = MatMul (t, x) y = MatMul (x, a)",
+    "gemm": "a = Gemm <transA=1> (x, x) y = MatMul (x, a)",
+    "first": "a = Gather <axis=0> (x, zero) y = Sub (x, a)",
+}
+
+
+@pytest.mark.parametrize("case", COUPLED)
+def test_examples_that_depend_on_each_other(case: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = normal(
+        f"g (float[N,3] x) => (float[N,3] y) {{ {COUPLED[case]} }}", zero=[0], first=np.int64(0)
+    )
+    report = make_dynamic(model, axes(model), evaluate)
+    assert (report.mode, report.batch) == ("coupled", None)
+    assert "explained together" in caplog.text
+
+
+def test_operators_along_other_axes_need_no_proof() -> None:
+    model = normal(
+        """g (float[N,3] x) => (float[N,3] y) { m = ReduceMean (x, one) a = Sub (x, m)
+        s = Softmax <axis=1> (a) c = CumSum (s, last) y = Gemm <transB=1> (c, w) }""",
+        one=[1],
+        last=np.int64(-1),
+        w=f32(3, 3),
+    )
+    assert make_dynamic(model, axes(model), unused) == BatchReport("dynamic", None)
+
+
 def test_one_number_for_all_examples() -> None:
     model = normal("g (float[N,3] x) => (float y) { y = ReduceMean <keepdims=0> (x) }")
     report = make_dynamic(model, axes(model), evaluate)
@@ -325,6 +376,19 @@ def test_examples_on_another_axis() -> None:
     model = normal(text)
     assert make_dynamic(model, {"x": 1}, evaluate) == BatchReport("rewritten", 1)
     assert [str(d) for d in model.graph.outputs[0].shape] == ["4", "3", "examples"]
+
+
+@pytest.mark.parametrize("axis", ["x", 0.0, True, {"x": "0"}, {"x": 1.5}])
+def test_an_examples_axis_that_is_no_integer(axis: object) -> None:
+    text = HEAD + "g (float[N,3] x) => (float[N,3] y) { y = Neg (x) }"
+    with pytest.raises(InputError, match="examples_axis is an integer"):
+        ox.Model(onnx.parser.parse_model(text), examples_axis=axis)  # type: ignore[arg-type]
+
+
+def test_pairs_are_run_and_filled_up() -> None:
+    text, k, x = "g (float[N,3] x) => (float[N,3] y) { y = Add (x, k) }", f32(2, 3), f32(5, 3)
+    model = ox.Model(ir.to_proto(normal(text, k=k)))
+    np.testing.assert_array_equal(model(x)["y"], x + k[[0, 1, 0, 1, 0]])
 
 
 def test_no_examples_axis_at_all() -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.parser
 import PIL.Image
 import pytest
 from click.testing import CliRunner, Result
@@ -18,6 +20,7 @@ import onnxplain as ox
 from onnxplain.cli import main
 from onnxplain.inputs import find_preprocessing, load_input
 from onnxplain.run.session import runtime
+from tests.helpers import HEAD
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 DIGITS = str(MODELS / "digits" / "digits.onnx")
@@ -51,7 +54,7 @@ def test_inspect_says_what_the_model_is() -> None:
     assert facts["operators"]["Conv"] == 2
     assert facts["differentiable"] == {"image": "yes"}
     # two convolutions without bias, two batch norms of four vectors, a linear head
-    assert facts["parameters"] == 16 * 9 + 32 * 16 * 9 + 4 * (16 + 32) + 10 * 128 + 10
+    assert facts["weights (elements)"] == 16 * 9 + 32 * 16 * 9 + 4 * (16 + 32) + 10 * 128 + 10
     assert facts["providers"]
     text = done("inspect", DIGITS)
     assert re.search(r"inputs +image  float \[examples, 1, 8, 8\]", text)
@@ -79,7 +82,9 @@ def test_methods_lists_all_and_details_one() -> None:
     listed = [line.split()[0] for line in done("methods").splitlines()]
     assert listed == list(ox.methods())
     text = done("methods", "integrated_gradients")
-    assert re.search(r"--option n_steps +50", text)
+    assert "--option n_steps=50\n" in text
+    assert "--option multiply_by_inputs=true\n" in text
+    assert "--option internal_batch_size=none\n" in text
     assert "arXiv:1703.01365" in text
     (facts,) = json.loads(done("methods", "integrated-gradients", "--json"))
     assert facts["options"]["n_steps"] == 50
@@ -114,10 +119,27 @@ def test_explain_prints_json_and_nothing_else() -> None:
 def test_options_reach_the_method() -> None:
     arguments = ("explain", DIGITS, THREE, "--json", "--option")
     few = json.loads(done(*arguments, "n_steps=4", "--option", "method=riemann_left"))
-    assert few["options"] == {"n_steps": 4, "method": "riemann_left"}
+    assert few["options"] == {
+        "multiply_by_inputs": True,
+        "n_steps": 4,
+        "method": "riemann_left",
+        "internal_batch_size": None,
+    }
     delta = abs(few["examples"][0]["checks"]["convergence_delta"])
     many = json.loads(done(*arguments, "n_steps=400"))
     assert abs(many["examples"][0]["checks"]["convergence_delta"]) < delta / 10
+
+
+@pytest.mark.parametrize("word", ["False", "false"])
+def test_an_option_is_true_or_false_in_any_spelling(word: str) -> None:
+    arguments = ("explain", DIGITS, THREE, "--json", "--method", "saliency", "--option")
+    found = json.loads(done(*arguments, f"abs={word}"))
+    assert found["options"] == {"abs": False}
+    assert found["examples"][0]["attributions"]["image"]["sum"] < 0
+    none = json.loads(
+        done("explain", DIGITS, THREE, "--json", "--option", "internal_batch_size=None")
+    )
+    assert none["options"]["internal_batch_size"] is None
 
 
 @pytest.mark.parametrize("target", ["1", "benign", "BENIGN"])
@@ -180,6 +202,102 @@ def test_flags_replace_the_settings_beside_the_model(tmp_path: Path) -> None:
     np.testing.assert_allclose(flagged, (toml / 8 + 1) / 0.5, rtol=1e-5)
 
 
+def _save(path: Path, graph: str) -> str:
+    onnx.save(onnx.parser.parse_model(HEAD + graph), path)
+    return str(path)
+
+
+def _data(path: Path, **arrays: np.ndarray) -> str:
+    np.savez(path, **arrays)
+    return str(path)
+
+
+MASK = """mask (float[N,4] x, bool[N,4] mask, float[N,4] unused) => (float[N,4] y, float[N,4] z) {
+    f = Cast<to=1>(mask)  y = Mul(x, f)  z = Relu(unused)
+}"""
+
+
+def test_inputs_without_a_gradient_are_fed_and_not_explained(tmp_path: Path) -> None:
+    model = _save(tmp_path / "mask.onnx", MASK)
+    x = np.arange(8, dtype=np.float32).reshape(2, 4) + 1
+    arrays = _data(tmp_path / "x.npz", x=x, mask=x > 2, unused=x)
+    archive = tmp_path / "why.npz"
+    done("explain", model, arrays, "--target", "2", "--save", str(archive))
+    found = ox.load_explanation(archive).arrays
+    assert list(found) == ["x"]
+    np.testing.assert_allclose(found["x"], x * [0, 0, 1, 0], rtol=1e-5)
+    facts = json.loads(done("inspect", model, "--json"))["differentiable"]
+    assert facts["x"] == "yes"
+    assert "BOOL" in facts["mask"]
+    assert "does not depend on 'unused'" in facts["unused"]
+
+
+def test_inspect_takes_a_backward_graph(tmp_path: Path) -> None:
+    ox.differentiate(ox.Model(DIGITS), None, ["image"]).save(tmp_path / "back.onnx")
+    facts = json.loads(done("inspect", str(tmp_path / "back.onnx"), "--json"))
+    assert set(facts["differentiable"]) == {"image", "cotangent"}
+
+
+def test_the_examples_axis_is_said(tmp_path: Path) -> None:
+    turned = "turned (float[4,N] x, float s) => (float[N,4] y) { t = Transpose(x)  y = Mul(t, s) }"
+    model = _save(tmp_path / "turned.onnx", turned)
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    arrays = _data(tmp_path / "x.npz", x=x, s=np.float32(2))
+    archive = tmp_path / "why.npz"
+    axis = ("--examples-axis", "x=1,s=none")
+    done("explain", model, arrays, *axis, "--target", "1", "--save", str(archive))
+    found = ox.load_explanation(archive)
+    assert list(found.arrays) == ["x"]
+    np.testing.assert_allclose(found.arrays["x"], 2 * x.T * [0, 1, 0, 0], rtol=1e-5)
+    assert "x  float [4, examples]" in done("inspect", model, *axis)
+    refused = run("explain", model, arrays, "--examples-axis", "none")
+    assert refused.exit_code == 1
+    assert "--examples-axis" in refused.stderr
+
+
+def test_everything_needed_to_repeat_it_is_on_record(tmp_path: Path) -> None:
+    other = str(Path(THREE).with_name("digit_7.png"))
+    found = json.loads(done("explain", DIGITS, THREE, other, "--json", "--baseline", "blur"))
+    assert [example["name"] for example in found["examples"]] == ["digit_3.png", "digit_7.png"]
+    record = found["provenance"]
+    assert record["inputs"].split() == [THREE, other]
+    assert record["baselines"] == "blur"
+    setting = json.loads(record["preprocessing"])
+    assert setting["size"] == [8, 8] and setting["channels"] == "L" and setting["order"] == 1
+    assert record["settings"].endswith("onnxplain.toml")
+    assert "digit_7.png" in done("explain", DIGITS, THREE, other).split("example 2")[1]
+    assert "patients.csv row 4" in done("explain", CANCER, PATIENTS)
+
+
+def test_token_numbers_are_shown_as_words(tmp_path: Path) -> None:
+    words = (MODELS / "sentiment" / "vocab.txt").read_text().splitlines()
+    ids = [words.index("not"), words.index("bad"), words.index("[PAD]")]
+    np.save(tmp_path / "ids.npy", np.array([ids]))
+    text = done("explain", SENTIMENT, str(tmp_path / "ids.npy"))
+    assert re.search(r"^not\([-+.\de]+\) bad\([-+.\de]+\)$", text, re.MULTILINE)
+
+
+def test_a_full_disk_is_one_line() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "onnxplain", "methods"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert re.fullmatch("error: can't write the result: .*\n", result.stderr)
+
+
+def test_long_names_do_not_push_the_other_rows(tmp_path: Path) -> None:
+    long = "h" * 90
+    model = _save(
+        tmp_path / "m.onnx",
+        f"m (float[N,4] x) => (float[N,4] y) {{ {long} = Exp(x)  y = Neg({long}) }}",
+    )
+    lines = done("layers", model).splitlines()
+    assert any(line.startswith(f"{long}  Exp") for line in lines)
+    assert len(lines[-1]) < 80
+
+
 def test_labels_from_a_file(tmp_path: Path) -> None:
     names = tmp_path / "labels.txt"
     names.write_text("\n".join(f"digit {i}" for i in range(10)))
@@ -213,6 +331,10 @@ def _write(name: str, content: bytes) -> Callable[[Path], str]:
         (("layers", "none.onnx"), "none.onnx"),
         (("explain", DIGITS, "none.png"), "none.png does not exist"),
         (("explain", DIGITS, DIGITS), "can't be read as an image"),
+        (("explain", SENTIMENT, THREE), "digit_3.png is a file, and not one for a text model"),
+        (("explain", DIGITS, f"foo={THREE}"), r"foo is no input of the model \(inputs: image\)"),
+        (("explain", SENTIMENT, f"foo={THREE}"), "foo is no input of the model"),
+        (("explain", DIGITS, THREE, "--method", "layer-activation"), "'onnxplain layers MODEL'"),
         (("explain", DIGITS, PATIENTS), r"shape \[6, 30\], but input 'image' takes \[N, 1, 8, 8\]"),
         (("explain", DIGITS, THREE, "--size", "9,9"), r"shape \[1, 1, 9, 9\]"),
         (("explain", DIGITS, THREE, "--target", "10"), "10"),
@@ -245,6 +367,21 @@ def test_values_that_are_no_numbers(values: list[float], tmp_path: Path) -> None
     result = run("explain", CANCER, str(path))
     assert result.exit_code == 1
     assert re.fullmatch("error: .*NaN or infinite.*\n", result.stderr)
+
+
+def test_a_picture_array_that_is_no_numbers(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.full((1, 1, 8, 8), np.nan))
+    result = run("explain", DIGITS, str(tmp_path / "x.npy"))
+    assert re.fullmatch("error: .*NaN or infinite.*\n", result.stderr)
+
+
+def test_a_model_without_inputs(tmp_path: Path) -> None:
+    model = _save(
+        tmp_path / "m.onnx", "m () => (float[1,2] y) { y = Constant<value_floats=[1., 2.]>() }"
+    )
+    result = run("explain", model, PATIENTS)
+    assert result.exit_code == 1
+    assert re.fullmatch("error: the model has no inputs.*\n", result.stderr)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +428,20 @@ def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
         (("explain", DIGITS, THREE, "--memory-limit", "lots"), "such as 512MB"),
         (("explain", DIGITS, THREE, "--output", "why.doc"), "must end in one of .png"),
         (("explain", DIGITS, THREE, "--save", "nowhere/why.npz"), "'nowhere' does not exist"),
+        (("explain", DIGITS, THREE, "--save", "why.txt"), "must end in .npz"),
+        (
+            ("explain", DIGITS, THREE, "--option", "n_steps=few"),
+            "n_steps=few: must be a whole number",
+        ),
+        (("explain", DIGITS, THREE, "--option", "n_steps=1.5"), "must be a whole number"),
+        (("explain", DIGITS, THREE, "--option", "internal_batch_size=a"), "whole number or none"),
+        (
+            ("explain", DIGITS, THREE, "--method", "saliency", "--option", "abs=1"),
+            "must be true or false",
+        ),
+        (("explain", SENTIMENT, "it was good", "--size", "8,8"), "--size: for pictures"),
+        (("explain", DIGITS, THREE, "--examples-axis", "x"), "is not an axis"),
+        (("layers", ""), "MODEL is empty"),
         (("methods", "magic"), "there is no method 'magic'"),
         (("frobnicate",), "No such command"),
     ],

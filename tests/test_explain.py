@@ -89,6 +89,10 @@ def test_bad_calls(net: ox.Model) -> None:
         ox.explain(net, X, method="integrated")
     with pytest.raises(ox.InputError, match="n_steps"):
         ox.explain(net, X, steps=3)
+    with pytest.raises(ox.InputError, match="wrap it"):
+        ox.explain("model.onnx", X)
+    with pytest.raises(ox.InputError, match="no example"):
+        ox.explain(net, X[:0])
     with pytest.raises(ox.InputError, match="no baseline"):
         ox.explain(net, X, method="saliency", baselines=0)
 
@@ -97,6 +101,31 @@ def test_poor_completeness_warns(net: ox.Model) -> None:
     with pytest.warns(UserWarning, match="n_steps"):
         explanation = ox.explain(net, X, method_options={"method": "riemann_left"}, n_steps=3)
     assert explanation.checks["relative_convergence_delta"].max() > 0.05
+
+
+def test_warnings_name_the_examples() -> None:
+    step = model(HEAD + "m (float[N,4] x) => (float[N,4] y) { s = Sqrt(x)  y = Mul(s, x) }", {})
+    x = np.ones((3, 4), np.float32)
+    x[1] = -1  # the root of a negative number is no number
+    with pytest.warns(UserWarning, match=r"example\(s\) 1 are NaN"):
+        ox.explain(step, x, target=0)
+    ceil = """m (float[N,4] x) => (float[N,4] y) {
+        s = Constant<value_float=1.0>()  z = Constant<value=int8 {0}>()
+        q = QuantizeLinear(x, s, z)  y = DequantizeLinear(q, s, z)
+    }"""
+    display = ox.Display(kind="table", names=["a.csv", "b.csv", "c.csv"])
+    x = np.array([[1, 0], [0.6, 0], [2, 0]], np.float32).repeat(2, axis=1)
+    with pytest.warns(UserWarning, match=r"index 1 b.csv.*quantized, and more steps won't help"):
+        ox.explain(model(HEAD + ceil, {}), x, target=0, display=display)
+
+
+def test_what_was_done_is_on_record(net: ox.Model) -> None:
+    explanation = ox.explain(net, X, baselines=X[:1], n_steps=30, provenance={"inputs": "x.csv"})
+    assert explanation.options["n_steps"] == 30
+    assert explanation.options["method"] == "gausslegendre"
+    assert explanation.provenance["baselines"] == "array [1, 4]"
+    assert explanation.provenance["inputs"] == "x.csv"
+    assert ox.explain(net, X).provenance["baselines"] == "zeros"
 
 
 def test_an_explanation_round_trips(tmp_path) -> None:

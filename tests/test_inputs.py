@@ -190,6 +190,18 @@ def test_three_means_for_one_channel(png: Path) -> None:
         load_input(png, GREY, Preprocessing(mean=(0.1, 0.2, 0.3)))
 
 
+def test_a_mean_of_0_to_255_means_scale_1(png: Path, rgb: np.ndarray, caplog: Any) -> None:
+    mean = (104.0, 117.0, 123.0)
+    sample = load_input(png, PICTURE, Preprocessing(mean=mean, channels="BGR"))
+    wanted = rgb[..., ::-1].transpose(2, 0, 1) - np.array(mean)[:, None, None]
+    np.testing.assert_allclose(sample.arrays["image"][0], wanted, atol=1e-4)
+    np.testing.assert_array_equal(sample.display.images[0], rgb)
+    assert sample.setting.scale == 1
+    assert not caplog.records
+    load_input(png, PICTURE, Preprocessing(mean=mean, scale=1 / 255))
+    assert "goes with scale 1" in caplog.text
+
+
 # --- arrays and tables --------------------------------------------------------------------------
 
 
@@ -216,7 +228,7 @@ def test_an_array_is_shown_through_the_preprocessing(png: Path, tmp_path: Path) 
     ("array", "spec", "message"),
     [
         (np.zeros((2, 4)), TABLE, r"shape \[2, 4\], but input 'x' takes \[N, 3\]"),
-        (np.zeros((0, 3)), TABLE, r"shape \[0, 3\]"),
+        (np.zeros((0, 3)), TABLE, r"is empty \(shape \[0, 3\]\)"),
         (np.zeros(()), TABLE, r"shape \[\]"),
         (np.full((1, 3), 0.5), Spec("x", "int64", ("N", 3)), "value 0.5.*int64"),
         (np.full((1, 3), 300), Spec("x", "uint8", ("N", 3)), "value 300.*uint8"),

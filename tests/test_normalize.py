@@ -106,6 +106,16 @@ def test_identities_leave_aliases() -> None:
     assert set(result.aliases.values()) <= {"x", "b", "y"}
 
 
+def test_emptied_scopes_leave_aliases() -> None:
+    proto = onnx.parser.parse_model(
+        HEAD + "g (float[2] x) => (float[2] y) { a = Identity(x)  b = Exp(a)  y = Sin(b) }"
+    )
+    for node, name in zip(proto.graph.node, ("/a/b/Identity", "/a/Exp", "/Sin"), strict=True):
+        node.name = name
+    result = normalize(load(proto), evaluate)
+    assert result.aliases == {"a": "x", "/a/b/Identity": "x", "a.b#0": "x"}
+
+
 def test_outputs_keep_their_names() -> None:
     """An input, or a value that is an output already, can't take another output's name."""
     text = """g (float[2] x) => (float[2] a, float[2] b, float[2] c, float[2] w) {

@@ -53,6 +53,7 @@ def full() -> Explanation:
             feature_names=["a", "ü"],
             values=np.array([["1", None], [2.5, "red"]], object),
             tokens=[["<b>", "x"], []],
+            names=["a.png", ""],
             input_name="x",
         ),
     )
@@ -105,6 +106,7 @@ def test_attributions_come_in_the_form_of_the_inputs() -> None:
         ({"target": np.array([1, 1, 1])}, r"int64 \[3\]"),
         ({"target": np.array(1)}, r"int64 \[\]"),
         ({"labels": ["cat", "dog"]}, "2 labels"),
+        ({"display": Display(kind="table", names=["a"])}, "1 display.names for 2 examples"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], says: str) -> None:

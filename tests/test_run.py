@@ -78,6 +78,42 @@ def test_live_bytes_of_a_chain() -> None:
     assert memory.live_bytes(chain.graph, {"x": (100, 4)}) == 100 * 2 * 4 * 4
 
 
+def test_live_bytes_of_unknown_shapes() -> None:
+    """A value of unknown shape counts as the largest that its node reads, not as a weight."""
+    chain = model(
+        HEAD
+        + """c (float[N,4] x, int64[2] s) => (float[a,b] y) {
+        big = MatMul(x, w)
+        small = ReduceSum<keepdims=1>(big, one)
+        a = Reshape(small, s)
+        b = Exp(a)
+        y = Sin(b)
+    }""",
+        {"w": np.ones((4, 100), np.float32), "one": np.asarray([1])},
+        examples_axis={"s": None},
+    )
+    # At most: x, s and big; small, a, b and y are one float a row each.
+    assert memory.live_bytes(chain.graph, {"x": (10, 4), "s": (2,)}) == 10 * 104 * 4 + 16
+
+
+def test_flags_and_integers_stand_for_each_other() -> None:
+    masked = model(
+        HEAD
+        + """c (float[N,4] x, bool[N,4] on, int64[N,4] k) => (float[N,4] y) {
+        a = Cast<to=1>(on)
+        b = Cast<to=1>(k)
+        c = Mul(a, b)
+        y = Mul(x, c)
+    }"""
+    )
+    x, on = np.ones((2, 4), np.float32), np.tile([1, 0], (2, 2))
+    np.testing.assert_array_equal(masked((x, on, on.astype(bool)))["y"], on)
+    with pytest.raises(ox.InputError, match="'on': some values do not fit"):
+        masked((x, 2 * on, on))
+    method = ox.LayerIntegratedGradients(masked, "a")
+    assert method.attribute((x, on.astype(bool), on), target=0).shape == (2, 4)
+
+
 def test_a_model_that_takes_only_its_own_batch() -> None:
     """Rows are run in groups of the fixed size; the last group is filled up and cut off."""
     mixed = HEAD + "mixed (float[2,4] x) => (float[2,4] y) { z = MatMul(m, x)  y = Mul(z, z) }"

@@ -145,6 +145,9 @@ def test_image_states_its_scale() -> None:
     sparse = np.zeros((1, 1, 100, 100))
     sparse[0, 0, 3, 3] = -5
     assert "not clipped: largest |attribution| 5" in text_of(view.figure(explain(sparse, sparse)))
+    sparse[0, 0, 3, :50] = np.arange(1, 51)  # 0.5 %: a percentile of all would be 0, or 1 of 50
+    said = text_of(view.figure(explain(sparse, sparse), percentile=90))
+    assert "clipped at the 90th percentile of nonzero |attribution|: 45.1" in said
     for percentile in (0, 101, -1, float("nan")):
         with pytest.raises(InputError, match="percentile"):
             view.figure(explain(values, values), percentile=percentile)
@@ -439,6 +442,8 @@ def test_text_layers_are_summed_over_the_embedding() -> None:
         Display(kind="text", tokens=[TOKENS]),
     )
     assert "(+2 positions)(+30)" in view.terminal(padded, color=False)
+    padded.arrays["x"][0, 6:] = 0
+    assert "positions" not in view.terminal(padded, color=False)
     for display in (Display(kind="text", tokens=[TOKENS * 2]), Display(kind="text")):
         with pytest.raises(InputError, match="tokens"):
             view.figure(explain(np.arange(6)[None], WORTH, display))

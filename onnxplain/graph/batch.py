@@ -8,6 +8,7 @@ original model gives row by row.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,13 @@ from onnxplain.graph.edit import BATCH, clone, prune, reads
 from onnxplain.graph.emit import Dim, Emitter, const_array, is_float
 from onnxplain.graph.normalize import Evaluate, fold_constants
 
+log = logging.getLogger("onnxplain")
+
 _GROUPS = 3  # fixed-size batches that are run together in the proof
 _FREE = 6  # size tried for symbolic dimensions other than the examples
+_MOST = 64  # largest number of examples looked for in a model that declares none
+_TRIALS = 8  # how many such numbers are tried
+_NOT_ALONE = "of several rows together is not that of the rows alone"
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,13 @@ class BatchReport:
 
     Attributes:
         mode: "dynamic", any number; "rewritten", any number since the rewrite, which was proved;
-            "rows", only ``batch`` at a time.
+            "rows", only ``batch`` at a time; "coupled", any number, but what the model gives for an
+            example depends on the others.
         batch: the fixed number of examples of the model as it was, None if it had none.
-        reason: why the model could not be rewritten ("" otherwise).
+        reason: why the model could not be rewritten, or is held to be coupled ("" otherwise).
     """
 
-    mode: Literal["dynamic", "rewritten", "rows"]
+    mode: Literal["dynamic", "rewritten", "rows", "coupled"]
     batch: int | None
     reason: str = ""
 
@@ -111,17 +118,94 @@ def _check_symbolic(model: ir.Model, axes: dict[ir.Value, int], evaluate: Evalua
     shapes.infer(model)
     _refine(model, axes)
     if all(v.shape is not None and BATCH in _dims(v) for v in model.graph.outputs):
-        return BatchReport("dynamic", None)
+        why = _disproof(original, model, axes, 1, evaluate) if _mixes(model.graph) else None
+        if why is None or not why.endswith(_NOT_ALONE):
+            return BatchReport("dynamic", None)
+        log.warning("results depend on which examples are explained together: %s", why)
+        return BatchReport("coupled", None, why)
     if _disproof(original, model, axes, 1, evaluate) is None:
         return BatchReport("dynamic", None)
     declared = model.graph
     model.graph = original.graph
     by_name = {v.name or "": axis for v, axis in axes.items()}
-    report = _rewrite(model, _axes(model.graph, by_name), 1, evaluate)
-    if report.mode == "rows" and _runs(original, axes, evaluate):
+    found = _axes(model.graph, by_name)
+    any_number = all(_run(original, found, n, evaluate) is not None for n in (1, _GROUPS))
+    sizes = [1] if any_number else [1, *_hints(original)]
+    fits = (n for n in sizes if all(n in s for s in _run(original, found, n, evaluate) or [()]))
+    fixed = next(fits, 1)
+    report = _rewrite(model, found, fixed, evaluate)
+    if report.mode == "rows" and any_number:
         model.graph = declared  # outputs of the whole batch: several rows are one evaluation
         return BatchReport("dynamic", None, report.reason)
+    if report.mode == "rows" and fixed > 1:
+        _fix(model, found, fixed)
     return report
+
+
+def _hints(model: ir.Model) -> list[int]:
+    """Numbers of examples that the constants of a traced model may hold, smallest first."""
+    found: set[int] = set()
+    for value in model.graph.initializers.values():
+        if value.shape is not None and len(value.shape) > 1:
+            found.add(value.shape.numpy()[0])
+        elif value.dtype == ir.DataType.INT64 and (array := const_array(value)) is not None:
+            found.update(array.flat[:_TRIALS].tolist())
+    return sorted(n for n in found if 1 < n <= _MOST)[:_TRIALS]
+
+
+def _fix(model: ir.Model, axes: Mapping[ir.Value, int], fixed: int) -> None:
+    """Declare the number of examples that a model runs with, in place of its symbol."""
+    for value, axis in axes.items():
+        _set_dims(value, [fixed if i == axis else d for i, d in enumerate(_dims(value))])
+    for value in (v for node in model.graph for v in node.outputs):
+        value.shape = None
+    shapes.infer(model, fresh=True)
+
+
+# The axes that operators compute along: an attribute and its default, or an input.
+_ALONG_ATTRIBUTE = {
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "TopK"), -1),
+    **dict.fromkeys(("ArgMax", "ArgMin", "Concat", "Gather", "Split"), 0),
+}
+_ALONG_INPUT = {
+    **dict.fromkeys((f"Reduce{kind}" for kind in ("Max", "Mean", "Min", "Prod", "Sum")), 1),
+    **dict.fromkeys((f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp")), 1),
+    **{"ReduceSumSquare": 1, "CumSum": 1, "Slice": 3},
+}
+
+
+def _mixes(graph: ir.Graph) -> bool:
+    """Whether an operator computes along the examples axis, as far as that is known."""
+    return any(_mixes_examples(node) for node in graph if node.domain == "")
+
+
+def _mixes_examples(node: ir.Node) -> bool:
+    first, second = ([*map(_examples_axis, node.inputs), None, None])[:2]
+    if node.op_type == "MatMul":
+        return first == -1 or second in (-2, -1)
+    if node.op_type == "Gemm":
+        return first == (-2 if _int(node, "transA", 0) else -1) or second is not None
+    if first is None:
+        return False
+    if node.op_type in _ALONG_ATTRIBUTE:
+        along = [_int(node, "axis", _ALONG_ATTRIBUTE[node.op_type])]
+    elif node.op_type in _ALONG_INPUT:
+        index = _ALONG_INPUT[node.op_type]
+        array = const_array(node.inputs[index]) if len(node.inputs) > index else None
+        if array is None or not array.size:
+            return not _int(node, "noop_with_empty_axes", 0)
+        along = array.flatten().tolist()
+    else:
+        return False
+    rank = len(_dims(node.inputs[0]))  # type: ignore[arg-type]
+    return any(axis in (first, first + rank) for axis in along)
+
+
+def _examples_axis(value: ir.Value | None) -> int | None:
+    """The axis of a value that counts examples, from the end."""
+    if value is None or value.shape is None or BATCH not in _dims(value):
+        return None
+    return _dims(value).index(BATCH) - len(_dims(value))
 
 
 def _is_tensor(value: ir.Value) -> bool:
@@ -622,7 +706,7 @@ def _disproof(
             coarse = 1e-4 if out.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE) else 1e-2
             bound = coarse * np.abs(expected) + 0.1 * coarse * np.abs(expected).max(initial=0)
             if expected.shape != both.shape or not (np.abs(both - expected) <= bound).all():
-                return f"output '{name}' of several rows together is not that of the rows alone"
+                return f"output '{name}' {_NOT_ALONE}"
             differ |= any(not np.allclose(a, apart[0], rtol=10 * coarse, atol=0) for a in apart[1:])
         else:
             if differ:
@@ -647,13 +731,17 @@ def _name_rows(graph: ir.Graph, results: Mapping[str, np.ndarray]) -> None:
             _set_dims(out, [BATCH, *dims[1:]])
 
 
-def _runs(model: ir.Model, axes: dict[ir.Value, int], evaluate: Evaluate) -> bool:
-    feeds = _random_feeds(model.graph, {v.name or "": a for v, a in axes.items()}, _GROUPS, 0, 1.0)
+def _run(
+    model: ir.Model, axes: dict[ir.Value, int], rows: int, evaluate: Evaluate
+) -> list[tuple[int, ...]] | None:
+    """The shapes of the outputs for so many rows; None if the model does not run with them."""
+    feeds = _random_feeds(model.graph, {v.name or "": a for v, a in axes.items()}, rows, 0, 1.0)
     try:
-        evaluate(model, feeds)
+        return [np.shape(array) for array in evaluate(model, feeds).values()]
+    except RuntimeMissingError:
+        raise
     except Exception:  # any error of the runtime is the answer no
-        return False
-    return True
+        return None
 
 
 def _random_feeds(

@@ -161,7 +161,7 @@ class Names:
         if node is None:
             warnings.warn(
                 f"'{name}' is taken for the model input; the module of that name is '{name}#0'",
-                stacklevel=3,
+                stacklevel=4,
             )
             return
         if module == (self._inputs([node], name) if entering else (value,)):
@@ -221,7 +221,7 @@ class Names:
             warnings.warn(
                 f"layer '{scope}' is entered {calls} times; its last call is used "
                 f"(the others are {others})",
-                stacklevel=3,
+                stacklevel=4,
             )
         nodes = self._scopes.get(scope, [])
         if nodes and (nodes[0].name or "").startswith("/"):
@@ -229,7 +229,7 @@ class Names:
                 warnings.warn(
                     f"layer '{other}' looks like a later call of '{scope}', whose first call is "
                     f"used; name '{other}' for that one",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
 
     def _scope(self, stem: str, name: str) -> str:

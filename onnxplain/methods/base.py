@@ -46,11 +46,13 @@ class Question:
 
     def answer(self, arrays: Sequence[np.ndarray]) -> Any:
         """Attributions in the form in which the sources were named; warns of NaN among them."""
-        bad = sum(not np.isfinite(array).all() for array in arrays)
-        if bad:
+        finite = [np.isfinite(a.reshape(len(a), -1)).all(axis=1) for a in arrays]
+        if bad := sorted({int(i) for rows in finite for i in np.flatnonzero(~rows)}):
+            shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
             warnings.warn(
-                f"{bad} of {len(arrays)} attribution arrays hold NaN or infinite values: the model "
-                "or its derivative is not finite there (for example at the baseline)",
+                f"attributions of example(s) {shown} are NaN or infinite: the model or its "
+                "derivative is not finite on the way there; look for extreme values in the input "
+                "or the baseline",
                 stacklevel=4,
             )
         if self.groups is None:

@@ -36,11 +36,12 @@ def html(
     """One example as one self-contained HTML page, with the explanation's provenance."""
     frame = common.frame(explanation, example, name)
     title = common.headline(frame)
-    if _view(frame) is text:
-        body = text.fragment(frame, **options)
+    drawn = _view(frame)
+    if hasattr(drawn, "fragment"):
+        body = drawn.fragment(frame, **options)
     else:
         png = io.BytesIO()
-        _view(frame).figure(frame, **options).savefig(png, format="png")
+        drawn.figure(frame, **options).savefig(png, format="png")
         data = base64.b64encode(png.getvalue()).decode()
         body = f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
     unit, best = common.predictions(frame)
@@ -71,8 +72,10 @@ def terminal(
     if color is None:
         color = not os.environ.get("NO_COLOR") and sys.stdout.isatty()
     frame = common.frame(explanation, example, name)
-    lines = (text if _view(frame) is text else table).lines(frame, color, **options)
-    return "\n".join([common.headline(frame), common.verdict(frame), *lines])
+    lines = getattr(_view(frame), "lines", table.lines)
+    return "\n".join(
+        [common.headline(frame), common.verdict(frame), *lines(frame, color, **options)]
+    )
 
 
 def _view(frame: common.Frame) -> Any:

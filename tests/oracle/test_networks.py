@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +150,102 @@ def test_scopes_are_modules(name: str, scope: str, exporter: str) -> None:
     want = seen[-1].detach().numpy()
     assert got.shape == want.shape
     assert relative(got, want).max() < 1e-4
+
+
+class Reused(torch.nn.Module):
+    """A block that feeds itself, then acts once more behind an activation that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn = torch.nn
+        self.block = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.GELU()), nn.Linear(4, 4))
+        self.act, self.out = nn.Tanh(), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.act(self.block(self.act(self.block(self.block(x))))))
+
+
+class Clash(torch.nn.Module):
+    """The dynamo exporter's value ``linear`` is of module ``first``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.linear = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.out = torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.linear(torch.tanh(self.first(x)))))
+
+
+class Positions(torch.nn.Module):
+    """RoBERTa's: counted from the tokens that are no padding, and looked up first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.word, self.position = torch.nn.Embedding(20, 6), torch.nn.Embedding(12, 6)
+        self.out = torch.nn.Linear(6, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        mask = ids.ne(1).int()
+        places = self.position((torch.cumsum(mask, 1) * mask).long() + 1)
+        return self.out(torch.tanh(places + self.word(ids)).mean(1))
+
+
+def own(
+    kind: type[torch.nn.Module], x: torch.Tensor, exporter: str
+) -> tuple[torch.nn.Module, ox.Model]:
+    torch.manual_seed(0)
+    net = kind().eval()
+    path = Path(_FILES.name) / f"{kind.__name__}-{exporter}.onnx"
+    export(net, (x,), path, exporter)
+    return net, ox.Model(path)
+
+
+def calls(net: torch.nn.Module, scope: str, x: torch.Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What enters and leaves each call of a module."""
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    handle = net.get_submodule(scope).register_forward_hook(
+        lambda m, i, o: seen.append((i[0].detach().numpy(), o.detach().numpy()))
+    )
+    net(x)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+@pytest.mark.parametrize("scope", ["block", "block.0", "block.0.0", "block.1"])
+def test_calls_of_reused_modules(scope: str, exporter: str, rank: int) -> None:
+    x = torch.randn(5, *(3, 4)[3 - rank :], generator=torch.Generator().manual_seed(1))
+    net, model = own(Reused, x, exporter)
+    want = calls(net, scope, x)
+    assert len(want) == 3
+    with pytest.warns(UserWarning, match="3 times"):
+        layer = ox.LayerActivation(model, scope)
+    numbered = [ox.LayerActivation(model, f"{scope}#{i}") for i in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for got, sides in zip([*numbered, layer], [*want, want[-1]], strict=True):
+            for enters, expected in zip((True, False), sides, strict=True):
+                found = got.attribute(x.numpy(), attribute_to_layer_input=enters)
+                np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_value_with_the_name_of_another_module() -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    net, model = own(Clash, x, "dynamo")
+    with pytest.raises(ox.LayerError, match=r"'linear#0' for the module and 'node_linear'"):
+        ox.LayerActivation(model, "linear")
+    for name, scope in (("linear#0", "linear"), ("node_linear", "first")):
+        got = ox.LayerActivation(model, name).attribute(x.numpy())
+        np.testing.assert_allclose(got, calls(net, scope, x)[0][1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+def test_the_embedding_is_that_of_the_words(exporter: str) -> None:
+    ids = torch.tensor([[5, 7, 9, 1], [3, 4, 1, 1]])
+    net, model = own(Positions, ids, exporter)
+    layer = model.embedding("ids")
+    assert layer is not None
+    got = ox.LayerActivation(model, layer.name).attribute(ids.numpy())
+    np.testing.assert_array_equal(got, calls(net, "word", ids)[0][1])
