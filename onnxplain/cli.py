@@ -339,12 +339,12 @@ def _differentiable(model: Model, name: str) -> str:
     """Whether gradient methods reach this input, through what, or why not."""
     from .model import differentiate
 
-    embedding = model.embedding(name)
     try:
-        differentiate(model, None, [name if embedding is None else str(embedding.name)])
+        embedding = model.embedding_layer(name)
+        differentiate(model, None, [embedding or name])
     except OnnxplainError as error:
         return f"no: {_in_flags(str(error))}"
-    return "yes" if embedding is None else f"yes, at its embedding {embedding.name}"
+    return "yes" if embedding is None else f"yes, at its embedding {embedding}"
 
 
 @main.command()

@@ -114,7 +114,7 @@ def explain(
         inputs={k: feeds.arrays[k] for k in feeds.explained},
         arrays=arrays,
         form=form,  # type: ignore[arg-type]
-        prediction=prediction if prediction.ndim else prediction[None],
+        prediction=prediction if prediction.ndim else np.broadcast_to(prediction, feeds.count),
         target=index,
         labels=labels,
         layer=layer,
@@ -170,13 +170,13 @@ def _embeddings(model: Model, feeds: Feeds) -> dict[str, str]:
     for value in model.graph.graph.inputs:
         name = value.name or ""
         if name in feeds.explained and not is_float(value):
-            layer = model.embedding(name)
+            layer = model.embedding_layer(name)
             if layer is None:
                 raise InputError(
                     f"input '{name}' holds integers and feeds no embedding, so no gradient reaches "
                     "it; name a layer (layer=), or pass it in additional_forward_args"
                 )
-            found[name] = layer.name or ""
+            found[name] = layer
     return found
 
 

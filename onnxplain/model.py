@@ -200,6 +200,11 @@ class Model:
             )
         return found[0] if found else None
 
+    def embedding_layer(self, name: str) -> str | None:
+        """The layer name of :meth:`embedding`, one that means nothing else."""
+        value = self.embedding(name)
+        return None if value is None else self.names.unique(value) or value.name
+
     # ---- running ------------------------------------------------------------------------------
 
     def feeds(self, inputs: Arrays, additional: Arrays = None) -> Feeds:

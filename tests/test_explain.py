@@ -138,3 +138,16 @@ def test_an_explanation_round_trips(tmp_path) -> None:
     assert again.provenance["sha256"] == m.digest
     explanation.plot(tmp_path / "why.png")
     assert (tmp_path / "why.png").stat().st_size > 1000
+
+
+def test_one_number_for_the_batch() -> None:
+    total = (
+        HEAD
+        + """total (float[N,4] x) => (float y) {
+        q = Mul(x, x)
+        y = ReduceSum<keepdims=0>(q)
+    }"""
+    )
+    explanation = ox.explain(model(total), X)
+    np.testing.assert_allclose(explanation.attributions, X * X, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(explanation.prediction, np.full(5, (X * X).sum()), rtol=1e-4)

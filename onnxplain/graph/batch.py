@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -131,8 +132,8 @@ def _check_symbolic(model: ir.Model, axes: dict[ir.Value, int], evaluate: Evalua
     found = _axes(model.graph, by_name)
     any_number = all(_run(original, found, n, evaluate) is not None for n in (1, _GROUPS))
     sizes = [1] if any_number else [1, *_hints(original)]
-    fits = (n for n in sizes if all(n in s for s in _run(original, found, n, evaluate) or [()]))
-    fixed = next(fits, 1)
+    runs = ((n, _run(original, found, n, evaluate)) for n in sizes)
+    fixed = next((n for n, given in runs if given and all(n in shape for shape in given)), 1)
     report = _rewrite(model, found, fixed, evaluate)
     if report.mode == "rows" and any_number:
         model.graph = declared  # outputs of the whole batch: several rows are one evaluation
@@ -143,14 +144,16 @@ def _check_symbolic(model: ir.Model, axes: dict[ir.Value, int], evaluate: Evalua
 
 
 def _hints(model: ir.Model) -> list[int]:
-    """Numbers of examples that the constants of a traced model may hold, smallest first."""
-    found: set[int] = set()
+    """Numbers of examples that a traced model's constants may hold, the most frequent first."""
+    sizes: Counter[int] = Counter()  # of shapes that are constants
+    leading: Counter[int] = Counter()
     for value in model.graph.initializers.values():
         if value.shape is not None and len(value.shape) > 1:
-            found.add(value.shape.numpy()[0])
+            leading[int(value.shape.numpy()[0])] += 1
         elif value.dtype == ir.DataType.INT64 and (array := const_array(value)) is not None:
-            found.update(array.flat[:_TRIALS].tolist())
-    return sorted(n for n in found if 1 < n <= _MOST)[:_TRIALS]
+            sizes.update(array.flat[:1].tolist())
+    ordered = [n for counter in (sizes, leading) for n, _ in counter.most_common()]
+    return [n for n in dict.fromkeys(ordered) if 1 < n <= _MOST][:_TRIALS]
 
 
 def _fix(model: ir.Model, axes: Mapping[ir.Value, int], fixed: int) -> None:

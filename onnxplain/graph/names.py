@@ -145,18 +145,19 @@ class Names:
         return self._inputs([node], name)
 
     def unique(self, value: ir.Value) -> str | None:
-        """A name that stands for this value and nothing else, if there is one."""
+        """A name of a value that no scope has, if there is one."""
         node = value.producer()
-        for name in (value.name, node.name if node is not None else None):
-            taken = self._values.get(name or "", value) is not value
-            if name and not taken and name not in self._scopes and name not in self._gone:
+        names = [value.name]
+        if node is not None and node.outputs[0] is value:
+            names.append(node.name)
+        for name in filter(None, names):
+            taken = self._values.get(name, value) is not value
+            if not taken and name not in self._scopes and name not in self._gone:
                 return name
         return None
 
     def _check_unambiguous(self, name: str, value: ir.Value, entering: bool) -> None:
         """Refuse a name of a value that is also that of a scope and means something else there."""
-        calls = self._calls(name)
-        module = self._side(calls[-1], name, entering)
         node = value.producer()
         if node is None:
             warnings.warn(
@@ -164,6 +165,8 @@ class Names:
                 stacklevel=4,
             )
             return
+        calls = self._calls(name)
+        module = self._side(calls[-1], name, entering)
         if module == (self._inputs([node], name) if entering else (value,)):
             return
         other = self.unique(value)

@@ -221,9 +221,9 @@ class Attribution:
         """Refuse an input that can't carry a gradient, naming the layer that can."""
         if is_float(value) or not value.is_graph_input():
             return
-        layer = self.model.embedding(value.name or "")
+        layer = self.model.embedding_layer(value.name or "")
         hint = (
-            f"explain by its embedding layer '{layer.name}' instead (a Layer... method, or "
+            f"explain by its embedding layer '{layer}' instead (a Layer... method, or "
             "layer= in ox.explain), and sum over the last axis"
             if layer is not None
             else "pass it in additional_forward_args, or use a perturbation method"

@@ -190,7 +190,6 @@ class Session:
             raise ModelError(f"onnxruntime failed while running: {_first_line(error)}") from error
         return dict(zip(names, results, strict=True))
 
-
     def _run_bound(self, names: Sequence[str], feeds: Mapping[str, Feed]) -> list[np.ndarray]:
         """Run with inputs and outputs on the device; only the outputs come back."""
         binding = self._session.io_binding()
