@@ -64,6 +64,12 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None
         model(NET, {"w": W})(X)
 
 
+def test_a_limit_that_can_not_hold_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    m = model(NET, {"w": W}, memory_limit=1)
+    np.testing.assert_allclose(m(X)["y"], (X * X) @ W, rtol=1e-4, atol=1e-5)
+    assert "beyond the limit" in caplog.text
+
+
 def test_live_bytes_of_a_chain() -> None:
     """A chain holds two values at a time: 2 x 4 floats a row, and nothing for the weights."""
     chain = model(

@@ -79,14 +79,22 @@ class Program:
             count: how many rows there are.
         """
         cost = self._cost(row, shared)
-        room = float(memory.budget(self.settings.memory_limit))
+        limit = self.settings.memory_limit
+        room = float(memory.budget(limit))
+        if limit is not None and room < cost.row + cost.fixed:
+            log.warning(
+                "memory_limit leaves %.0f MB, but one row takes about %.0f MB: going on row by row,"
+                " beyond the limit",
+                room / 1e6,
+                (cost.row + cost.fixed) / 1e6,
+            )
         if cost.measured:
             more = room * memory.MEASURED_SHARE / cost.measured
             return int(min(max(more, 1), count))
         room /= memory.ARENA_FACTOR
         if self.session.on_cpu:
             room = min(room, memory.CPU_SWEET_SPOT)
-            if self.settings.memory_limit is not None:
+            if limit is not None:
                 room /= memory.FIRST_SHARE  # the estimate is measured before it is relied upon
         return int(min(max((room - cost.fixed) // cost.row, 1), count))
 
