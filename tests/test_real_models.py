@@ -125,3 +125,16 @@ def test_bundled_digits(name: str) -> None:
     assert accuracy > 0.97
     got = ox.LayerActivation(model, "block1.pool").attribute(x[:2])
     assert got.ndim == 4
+
+
+def test_keras_layers_of_a_converted_model() -> None:
+    """TensorFlow Lite fuses names: a layer is the node that does its work, or is refused."""
+    model = ox.Model(shared("resnet8_cifar10_nhwc/pretrainedResnet.onnx"))
+    x = examples("resnet8_cifar10_nhwc/pretrainedResnet.onnx", 2)
+    relu = next(layer for layer in model.layers() if layer.operator == "Relu")
+    before = ox.LayerActivation(model, "conv2d").attribute(x)
+    after = ox.LayerActivation(model, relu.name).attribute(x)
+    np.testing.assert_allclose(np.maximum(before, 0), after)
+    assert ox.LayerActivation(model, "add").attribute(x).shape == (2, 16, 32, 32)
+    with pytest.raises(ox.LayerError):
+        ox.LayerActivation(model, "activation")  # its Relu has lost its name

@@ -43,6 +43,8 @@ def scopes(node: ir.Node) -> tuple[str, ...]:
         except (ValueError, SyntaxError):
             return ()
     name = node.name or ""
+    if ";" in name:
+        name = _own_part(name, node.op_type)
     if "/" not in name:
         return ()
     parts = [p for p in name.split("/")[:-1] if p]
@@ -53,6 +55,21 @@ def scopes(node: ir.Node) -> tuple[str, ...]:
         path = _qualify(path, part)
         found.append(path)
     return tuple(found)
+
+
+def _own_part(name: str, op_type: str) -> str:
+    """Of the layers that TensorFlow Lite fused into one name, the one whose work a node does.
+
+    ``model/act/Relu;model/conv/BiasAdd;model/conv/Conv2D`` names a convolution; its Relu is another
+    node. Kernels are no guide to the layer, since equal constants share one name; biases are.
+    """
+    parts = name.split(";")
+    wanted = {"BiasAdd"} if op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm") else {op_type}
+    for part in parts:
+        last = part.rpartition("/")[2]
+        if last in wanted or last.lower() == op_type.lower():
+            return part
+    return ""
 
 
 def _qualify(path: str, part: str) -> str:
