@@ -73,7 +73,7 @@ def machine() -> dict[str, object]:
         "processors": os.cpu_count(),
         "threads": THREADS,
         "load": _load(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
     }

@@ -19,7 +19,7 @@ from onnxplain.graph.edit import BATCH
 from onnxplain.graph.emit import dims, is_float, static_dims
 from onnxplain.methods import target as targets
 from onnxplain.model import Model, single
-from onnxplain.run.feeds import Arrays, Feeds, in_form
+from onnxplain.run.feeds import Arrays, Feeds, all_finite, in_form
 
 Layers = str | Sequence[str]
 
@@ -46,8 +46,10 @@ class Question:
 
     def answer(self, arrays: Sequence[np.ndarray]) -> Any:
         """Attributions in the form in which the sources were named; warns of NaN among them."""
-        finite = [np.isfinite(a.reshape(len(a), -1)).all(axis=1) for a in arrays]
-        if bad := sorted({int(i) for rows in finite for i in np.flatnonzero(~rows)}):
+        doubtful = [a.reshape(len(a), -1) for a in arrays if not all_finite(a)]
+        if bad := sorted(
+            {int(i) for a in doubtful for i in np.flatnonzero(~np.isfinite(a).all(1))}
+        ):
             shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
             warnings.warn(
                 f"attributions of example(s) {shown} are NaN or infinite: the model or its "

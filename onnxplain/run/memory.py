@@ -22,7 +22,7 @@ MEASURED_SHARE = 0.75
 # The share of free memory that is used when the user names no limit.
 DEFAULT_SHARE = 0.5
 # Beyond this a larger chunk only falls out of the processor's caches.
-CPU_SWEET_SPOT = 1 << 28
+CPU_SWEET_SPOT = 1 << 27
 
 
 def available_bytes() -> int:

@@ -61,7 +61,10 @@ class Program:
         """Compiled on first use, then kept."""
         if self._session is None:
             self._session = Session(
-                self.model, self.settings.providers, self.settings.session_options
+                self.model,
+                self.settings.providers,
+                self.settings.session_options,
+                planned=self.settings.memory_limit is None,
             )
         return self._session
 
