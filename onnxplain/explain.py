@@ -23,6 +23,8 @@ from onnxplain.run.session import runtime
 
 # A completeness gap above this share of the explained difference makes the numbers doubtful.
 POOR_DELTA = 0.05
+# Up to this share, no more steps are taken.
+GOOD_DELTA = 0.01
 
 
 def explain(
@@ -97,9 +99,13 @@ def explain(
         call["baselines"] = baselines
     if "random" in info.needs:
         call["seed"] = seed
-    result, checks = made.explain(
-        inputs=inputs, additional_forward_args=additional_forward_args, **call
-    )
+    asked = {"inputs": inputs, "additional_forward_args": additional_forward_args, **call}
+    for n_steps in _steps(info, options, model):
+        chosen = {} if n_steps is None else {"n_steps": n_steps}
+        result, checks = made.explain(**{**asked, **chosen})
+        gap = checks.get("relative_convergence_delta")
+        if gap is None or not (gap > GOOD_DELTA).any():
+            break
     if _by_inputs(info, layer, neuron):
         arrays, form = _by_input(result, feeds, embedded), feeds.form
         arrays = {k: np.moveaxis(v, model.axes[k] or 0, 0) for k, v in arrays.items()}
@@ -118,7 +124,7 @@ def explain(
         target=index,
         labels=labels,
         layer=layer,
-        options={**info.options, **options, **given},
+        options={**info.options, **options, **chosen, **given},
         checks=checks,
         provenance={**_provenance(model), **record, **(provenance or {})},
         display=display,
@@ -262,6 +268,23 @@ def _by_layer(result: Any, layer: str) -> tuple[dict[str, np.ndarray], str]:
     return {f"{layer}.{i}": part for i, part in enumerate(parts)}, "tuple"
 
 
+def _steps(info: MethodInfo, options: Mapping[str, Any], model: Model) -> tuple[int | None, ...]:
+    """The numbers of steps to try: the user's, or more and more while the gap is not small.
+
+    None leaves it to the method.
+    """
+    default = info.options.get("n_steps")
+    if default is None or "n_steps" in options or _rounds(model):
+        return (None,)
+    return tuple(default * factor for factor in (1, 2, 4))
+
+
+def _rounds(model: Model) -> bool:
+    """Whether the model is quantized: through rounding no number of steps closes the gap."""
+    operators = {node.op_type for node in model.graph.graph}
+    return any("QuantizeLinear" in name or "QLinear" in name for name in operators)
+
+
 def _warn_when_poor(explanation: Explanation, model: Model) -> None:
     """Say which examples have attributions that don't add up."""
     finite = [np.isfinite(a.reshape(len(a), -1)).all(axis=1) for a in explanation.arrays.values()]
@@ -271,16 +294,13 @@ def _warn_when_poor(explanation: Explanation, model: Model) -> None:
         return
     poor = [int(i) for i in np.flatnonzero(~(gap <= POOR_DELTA)) if i not in bad]
     if poor:
-        # Through rounding the gradient is that of the identity: no number of steps closes the gap.
-        operators = {node.op_type for node in model.graph.graph}
-        rounded = any("QuantizeLinear" in name or "QLinear" in name for name in operators)
         warnings.warn(
             f"the attributions of {_listed(poor, explanation)} miss the difference they should add "
             f"up to by up to {gap[poor].max():.0%}; "
             + (
                 "the model is quantized, and more steps won't help: compare with the model "
                 "before quantization, or try another baseline"
-                if rounded
+                if _rounds(model)
                 else "use more steps (n_steps) or another baseline"
             ),
             stacklevel=3,

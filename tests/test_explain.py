@@ -151,3 +151,25 @@ def test_one_number_for_the_batch() -> None:
     explanation = ox.explain(model(total), X)
     np.testing.assert_allclose(explanation.attributions, X * X, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(explanation.prediction, np.full(5, (X * X).sum()), rtol=1e-4)
+
+
+def test_more_steps_while_the_gap_is_not_small() -> None:
+    """A steep sigmoid far from the baseline: the default number of steps misses its rise."""
+    steep = model(
+        HEAD
+        + """steep (float[N,4] x) => (float[N,4] y) {
+        k = Constant<value_float = 300.0>()
+        half = Constant<value_float = 0.513>()
+        c = Sub(x, half)
+        d = Mul(c, k)
+        y = Sigmoid(d)
+    }"""
+    )
+    x = np.ones((2, 4), np.float32)
+    once = ox.explain(steep, x, target=1, n_steps=50)
+    gap = once.checks["relative_convergence_delta"].max()
+    assert gap > 0.01
+    better = ox.explain(steep, x, target=1)
+    assert better.options["n_steps"] in (100, 200)
+    assert better.checks["relative_convergence_delta"].max() < gap
+    assert ox.explain(model(NET, {"w": W}), X).options["n_steps"] == 50
