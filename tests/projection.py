@@ -155,7 +155,7 @@ def project(
 
 def check(case: Case, rules: Rules = VJP) -> None:
     """Run every check of a case; raises AssertionError with what differed."""
-    rng = np.random.default_rng(abs(hash(str(case.op))) % 2**31 if False else 7)
+    rng = np.random.default_rng(7)
     wrt = (
         [
             i
