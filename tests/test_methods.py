@@ -93,6 +93,8 @@ def test_integrated_gradients_of_a_square(square: ox.Model, method: str) -> None
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     exact = ((X * X - b * b) * W[:, 0]).sum(axis=1)
     np.testing.assert_allclose(delta, want.sum(axis=1) - exact, atol=1e-4)
+    again = ox.IntegratedGradients(square).compute_convergence_delta(got, b, X, target=0)
+    np.testing.assert_allclose(again, delta, atol=1e-5)
     if method in ("gausslegendre", "riemann_middle"):
         np.testing.assert_allclose(got, (X * X - b * b) * W[:, 0], rtol=1e-4, atol=1e-5)
 

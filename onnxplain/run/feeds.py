@@ -48,10 +48,6 @@ class Feeds:
     form: str
     count: int
 
-    def shape_like(self, arrays: Mapping[str, Any]) -> Any:
-        """Results by name in the form in which the inputs came."""
-        return in_form(arrays, self.form)
-
 
 def in_form(arrays: Mapping[str, Any], form: str) -> Any:
     """``array`` (the only one), ``tuple`` (in order) or ``dict``."""
