@@ -17,17 +17,8 @@ from onnxplain.errors import (
     UnsupportedModelError,
 )
 from onnxplain.explain import explain
-from onnxplain.methods import (
-    InputXGradient,
-    IntegratedGradients,
-    LayerActivation,
-    LayerGradientXActivation,
-    LayerIntegratedGradients,
-    MethodInfo,
-    NeuronGradient,
-    NeuronIntegratedGradients,
-    Saliency,
-)
+from onnxplain.methods import *  # noqa: F403
+from onnxplain.methods import __all__ as _methods
 from onnxplain.methods import registry as methods
 from onnxplain.model import Model, differentiate
 from onnxplain.result import Display, Explanation, load_explanation
@@ -40,24 +31,15 @@ __all__ = [
     "ExternalDataError",
     "FileFormatError",
     "InputError",
-    "InputXGradient",
-    "IntegratedGradients",
-    "LayerActivation",
     "LayerError",
-    "LayerGradientXActivation",
-    "LayerIntegratedGradients",
-    "MethodInfo",
     "Model",
     "ModelError",
     "NeuronError",
-    "NeuronGradient",
-    "NeuronIntegratedGradients",
     "NoRuleError",
     "NotDifferentiableError",
     "OnnxplainError",
     "OutOfMemoryError",
     "RuntimeMissingError",
-    "Saliency",
     "TargetError",
     "UnsupportedModelError",
     "differentiate",
@@ -65,3 +47,4 @@ __all__ = [
     "load_explanation",
     "methods",
 ]
+__all__ += _methods

@@ -114,13 +114,18 @@ def upstream(
 
 
 def twin(
-    op: Emitter, values: Sequence[ir.Value], replaced: Mapping[ir.Value, ir.Value]
+    op: Emitter,
+    values: Sequence[ir.Value],
+    replaced: Mapping[ir.Value, ir.Value],
+    copies: dict[ir.Value, ir.Value] | None = None,
 ) -> list[ir.Value]:
     """A second forward pass: copies of ``values`` computed from other inputs.
 
-    Only what depends on a replaced value is copied; the rest is shared.
+    Only what depends on a replaced value is copied; the rest is shared. ``copies`` receives the
+    copy of every value that has one.
     """
-    copies = dict(replaced)
+    copies = {} if copies is None else copies
+    copies.update(replaced)
     nodes = set(upstream(op.graph, values))
     for node in downstream(op.graph, replaced):
         if node in nodes and not all(v in replaced for v in node.outputs):

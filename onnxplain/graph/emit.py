@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -263,15 +263,66 @@ class Call:
 
     ``x`` and ``y`` are the node's inputs and outputs (None where an optional one is absent),
     ``attr`` its attributes with the standard's defaults, ``needs(i)`` whether the gradient of
-    input ``i`` is wanted, ``const(i)`` the array behind a constant input.
+    input ``i`` is wanted, ``const(i)`` the array behind a constant input. ``x0`` and ``y0`` are the
+    inputs and outputs in a reference pass (themselves where they have no twin there).
     """
 
-    def __init__(self, node: ir.Node, opset: int, wanted: Sequence[bool]) -> None:
+    def __init__(
+        self,
+        node: ir.Node,
+        opset: int,
+        wanted: Sequence[bool],
+        reference: Mapping[ir.Value, ir.Value] | None = None,
+    ) -> None:
         self.node = node
         self.opset = opset
         self.x: list[ir.Value] = list(node.inputs)  # type: ignore[arg-type]
         self.y: list[ir.Value] = list(node.outputs)
+        twins = reference or {}
+        self.x0 = [twins.get(v, v) for v in self.x]
+        self.y0 = [twins.get(v, v) for v in self.y]
         self._wanted = wanted
+
+    def replace(self, value: ir.Value, seen: ir.Value, reference: ir.Value) -> None:
+        """Let rules see something else in the place of an operand and of its twin."""
+        for now, twin, original in (
+            (self.x, self.x0, self.node.inputs),
+            (self.y, self.y0, self.node.outputs),
+        ):
+            for i, v in enumerate(original):
+                if v is value:
+                    now[i], twin[i] = seen, reference
+
+    def on(
+        self,
+        x: Sequence[ir.Value | None],
+        y: Sequence[ir.Value],
+        wanted: Sequence[bool] | None = None,
+    ) -> Call:
+        """The same operator at other operands: what a rule reads there instead of this node's."""
+        other = Call(self.node, self.opset, self._wanted if wanted is None else wanted)
+        other.x = other.x0 = list(x)  # type: ignore[arg-type]
+        other.y = other.y0 = list(y)
+        return other
+
+    def again(self, op: Emitter, *x: ir.Value | None) -> Call:
+        """Run the operator again on other inputs; None keeps one, as those left out are kept."""
+        given = [*x, *[None] * (len(self.x) - len(x))]
+        inputs = [v if v is not None else old for v, old in zip(given, self.x, strict=True)]
+        attributes = list(self.node.attributes.values())
+        node = ir.Node(
+            self.node.domain,
+            self.node.op_type,
+            inputs,
+            attributes,
+            num_outputs=len(self.y),
+            name=op.name(self.node.op_type),
+        )
+        for old, new in zip(self.y, node.outputs, strict=True):
+            new.name = op.name(self.node.op_type) if old.name else ""
+            new.type, new.shape = old.type, old.shape
+        op.graph.append(node)
+        return self.on(inputs, node.outputs)
 
     def has(self, index: int) -> bool:
         """Whether an optional input is there."""

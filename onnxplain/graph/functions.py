@@ -11,7 +11,7 @@ import onnx
 import onnx.reference
 import onnx_ir as ir
 
-from onnxplain.graph import shapes
+from onnxplain.graph import recurrent, shapes
 from onnxplain.graph.emit import Emitter, const_array
 
 # Folding is for shapes, axes and small tables: larger constants stay computed.
@@ -93,6 +93,8 @@ def body(node: ir.Node, opset: int) -> ir.Model | None:
 
     Its inputs and outputs are those that the node has, in order; attribute references are resolved.
     """
+    if not node.domain and node.op_type in recurrent.OPERATORS:
+        return recurrent.body(node, opset)
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     except onnx.defs.SchemaError:

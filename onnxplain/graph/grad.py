@@ -11,8 +11,7 @@ them, as float32 in steps of the integer, and rules see them as float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +20,7 @@ from onnxplain.errors import LayerError, NoRuleError, NotDifferentiableError
 from onnxplain.graph import functions
 from onnxplain.graph.edit import clone, prune, reads, value_index
 from onnxplain.graph.emit import Call, Emitter, const_array, is_float
-from onnxplain.rules import Rule, Rules
+from onnxplain.rules import Rules, apply
 from onnxplain.rules.vjp import NO_DERIVATIVE, VJP
 
 # What quantized integers, and sums of their products, are stored in.
@@ -41,6 +40,7 @@ def backward(
     wrt: Sequence[ir.Value],
     rules: Rules = VJP,
     opset: int = 21,
+    reference: Mapping[ir.Value, ir.Value] | None = None,
 ) -> list[ir.Value]:
     """Emit the vector-Jacobian product of ``seeds`` with respect to ``wrt`` into ``op.graph``.
 
@@ -50,6 +50,9 @@ def backward(
         wrt: floating-point values of the graph: inputs or intermediates.
         rules: derivative rules, first match wins.
         opset: the graph's version of the standard operators.
+        reference: the twin of each value in a second forward pass, for rules that compare the two
+            (DeepLIFT). Function bodies must be expanded before that pass is made:
+            :func:`expand_functions`.
 
     Returns:
         One value per entry of ``wrt``, of its dtype and shape.
@@ -60,7 +63,7 @@ def backward(
         NoRuleError: an operator between the two has neither rule nor function body.
     """
     of = list(seeds)
-    active = _expand_functions(op.graph, of, wrt, rules)
+    active = expand_functions(op.graph, of, wrt, rules)
     _check_connected(op.graph, of, wrt, active)
     cotangents: dict[ir.Value, list[ir.Value]] = {}
     for value, seed in seeds.items():
@@ -70,32 +73,24 @@ def backward(
         if not any(out in cotangents for out in node.outputs):
             continue
         rule = rules.find(node)
-        assert rule is not None  # _expand_functions refused otherwise
+        assert rule is not None  # expand_functions refused otherwise
         sources, results = active.ends[node]
-        call = Call(node, opset, [v in active.values and v in sources for v in node.inputs])
+        wanted = [v in active.values and v in sources for v in node.inputs]
+        call = Call(node, opset, wanted, reference)
         if any(v.dtype in QUANTIZED for v in (*sources, *results)):
             # int32 may also be an index.
-            views = {
-                v: _real(op, v)
-                for v in (*reads(node), *node.outputs)
-                if v in active.values or v.dtype != ir.DataType.INT32
-            }
-            call.x = [views.get(v, v) for v in node.inputs]  # type: ignore[arg-type, misc]
-            call.y = [views.get(v, v) for v in node.outputs]
+            twins = dict(zip((*node.inputs, *node.outputs), (*call.x0, *call.y0), strict=True))
+            for v in {*reads(node), *node.outputs}:
+                if v in active.values or v.dtype != ir.DataType.INT32:
+                    real, twin = _real(op, v), twins.get(v, v)
+                    call.replace(v, real, real if twin is v else _real(op, twin))
         gs = [
             _total(op, cotangents, out) if out in cotangents else op.full_like(y, 0.0)
             for out, y in zip(node.outputs, call.y, strict=True)
             if out in results
         ]
-        for i, g in _apply(op, rule, call, gs):
-            value = call.x[i]
-            if rule.broadcasts:
-                g = op.unbroadcast(g, call.y[0], value)
-            if g.dtype is None:
-                g.type = value.type
-            if g.shape is None:
-                g.shape = value.shape
-            cotangents.setdefault(node.inputs[i], []).append(op.cast_like(g, value))  # type: ignore[arg-type]
+        for i, g in apply(op, rule, call, gs):
+            cotangents.setdefault(node.inputs[i], []).append(g)  # type: ignore[arg-type]
     return [_total(op, cotangents, value) for value in wrt]
 
 
@@ -132,7 +127,7 @@ def _free(graph: ir.Graph, name: str) -> str:
     return name
 
 
-class _Active:
+class Active:
     """Nodes and values through which a differentiable path from ``wrt`` to ``of`` runs.
 
     ``ends`` holds, for each of these nodes, the inputs and outputs that can carry a gradient.
@@ -182,13 +177,18 @@ def _real(op: Emitter, value: ir.Value) -> ir.Value:
     return real
 
 
-def _expand_functions(
-    graph: ir.Graph, of: Sequence[ir.Value], wrt: Sequence[ir.Value], rules: Rules
-) -> _Active:
-    """Replace active operators that have no rule by their function bodies, until all have one."""
+def expand_functions(
+    graph: ir.Graph, of: Sequence[ir.Value], wrt: Sequence[ir.Value], rules: Rules = VJP
+) -> Active:
+    """Replace active operators that have no rule by their function bodies, until all have one.
+
+    Raises:
+        NoRuleError: an operator has neither.
+    """
     while True:
-        active = _Active(graph, of, wrt, rules)
-        missing = [n for n in active.nodes if rules.find(n) is None]
+        active = Active(graph, of, wrt, rules)
+        found = ((n, rules.find(n)) for n in active.nodes)
+        missing = [n for n, rule in found if rule is None or rule.expands]
         if not missing:
             return active
         for node in missing:
@@ -205,11 +205,11 @@ def check_path(
     graph: ir.Graph, of: Sequence[ir.Value], wrt: Sequence[ir.Value], rules: Rules = VJP
 ) -> None:
     """Refuse, as :func:`backward` does, when no differentiable path joins ``wrt`` and ``of``."""
-    _check_connected(graph, of, wrt, _Active(graph, of, wrt, rules))
+    _check_connected(graph, of, wrt, Active(graph, of, wrt, rules))
 
 
 def _check_connected(
-    graph: ir.Graph, of: Sequence[ir.Value], wrt: Sequence[ir.Value], active: _Active
+    graph: ir.Graph, of: Sequence[ir.Value], wrt: Sequence[ir.Value], active: Active
 ) -> None:
     for value in wrt:
         if not is_float(value):
@@ -236,26 +236,6 @@ def _check_connected(
             f"an operator without derivative ({names}). Gradient methods can't explain this "
             "model; use a perturbation method"
         )
-
-
-def _apply(
-    op: Emitter, rule: Rule, call: Call, gs: Sequence[ir.Value]
-) -> Iterable[tuple[int, ir.Value]]:
-    """Call a rule; yields the wanted cotangents with the index of their input."""
-    result = rule.function(op, call, *gs)
-    items = list(result) if isinstance(result, tuple | list) else [result]
-    for i in range(len(call.x)):
-        if not call.needs(i):
-            continue
-        item = items[i] if i < len(items) else None
-        g = item() if callable(item) else item
-        if g is None:
-            raise NoRuleError(
-                f"operator {call.node.op_type} (node '{call.node.name}') has no derivative with "
-                f"respect to its input {i} ('{call.x[i].name}'), which depends on what is "
-                "explained by. Use a perturbation method, which needs no gradient"
-            )
-        yield i, cast(ir.Value, g)
 
 
 def _total(op: Emitter, cotangents: dict[ir.Value, list[ir.Value]], value: ir.Value) -> ir.Value:

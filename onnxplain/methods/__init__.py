@@ -16,23 +16,27 @@ from onnxplain.methods.gradient import (
 )
 from onnxplain.methods.path import (
     IntegratedGradients,
+    InternalInfluence,
+    LayerConductance,
     LayerIntegratedGradients,
+    NeuronConductance,
     NeuronIntegratedGradients,
 )
 
 __all__ = [
-    "METHODS",
     "Attribution",
     "InputXGradient",
     "IntegratedGradients",
+    "InternalInfluence",
     "LayerActivation",
+    "LayerConductance",
     "LayerGradientXActivation",
     "LayerIntegratedGradients",
     "MethodInfo",
+    "NeuronConductance",
     "NeuronGradient",
     "NeuronIntegratedGradients",
     "Saliency",
-    "registry",
 ]
 
 METHODS: tuple[type[Attribution], ...] = (
@@ -44,6 +48,9 @@ METHODS: tuple[type[Attribution], ...] = (
     LayerIntegratedGradients,
     NeuronGradient,
     NeuronIntegratedGradients,
+    InternalInfluence,
+    LayerConductance,
+    NeuronConductance,
 )
 
 # Arguments of `attribute` that are not options of a method.

@@ -6,8 +6,9 @@ A method explains one value of the graph (``of``: the output, or a neuron of a l
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,13 +16,18 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import InputError, LayerError, UnsupportedModelError
-from onnxplain.graph.edit import BATCH
-from onnxplain.graph.emit import dims, is_float, static_dims
+from onnxplain.graph.edit import BATCH, new_input, prune
+from onnxplain.graph.emit import Emitter, dims, is_float, static_dims
 from onnxplain.methods import target as targets
 from onnxplain.model import Model, single
 from onnxplain.run.feeds import Arrays, Feeds, all_finite, in_form
 
 Layers = str | Sequence[str]
+
+Write = Callable[..., Sequence[ir.Value]]
+"""``write(op, of, seed, wrt, *more)`` emits an explainer; its results are the outputs."""
+
+HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,14 @@ class Question:
     form: str
     groups: tuple[int, ...] | None
     axes: Mapping[str, int | None]
+    between: tuple[ir.Value, ...] = ()
+    """Values between the sources and ``of`` that the answer runs through."""
 
     @property
     def key(self) -> Hashable:
         """What a compiled program for this question depends on."""
-        return (self.of.name, tuple(v.name for v in self.wrt), self.feeds.explained)
+        names = (tuple(v.name for v in values) for values in (self.wrt, self.between))
+        return (self.of.name, *names, self.feeds.explained)
 
     def answer(self, arrays: Sequence[np.ndarray]) -> Any:
         """Attributions in the form in which the sources were named; warns of NaN among them."""
@@ -101,6 +110,8 @@ class Attribution:
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ("gradient",)
     check: ClassVar[str] = "none"
+    explains: ClassVar[str] = "inputs"
+    """What the result has the shape of: "inputs" or "layer"."""
     multiplies_by_inputs: bool = False
 
     def __init__(self, model: Model, *, of: str | None = None, wrt: Layers | None = None) -> None:
@@ -141,7 +152,112 @@ class Attribution:
 
     def explain(self, **arguments: Any) -> tuple[Any, dict[str, np.ndarray]]:
         """The result of :meth:`attribute` and figures by name that tell how far to trust it."""
-        return self.attribute(**arguments), {}  # type: ignore[attr-defined]
+        bound = inspect.signature(self.attribute).bind(**arguments)  # type: ignore[attr-defined]
+        bound.apply_defaults()
+        question, options, _ = self._parse(bound.arguments)
+        result = self._attribute(question, **options)
+        return result, self._checks(question, result, **options)
+
+    # ---- what a method is made of -------------------------------------------------------------
+
+    def _attribute(self, question: Question, *args: Any, **options: Any) -> Any:
+        """The attributions, in the user's form: what a method computes."""
+        raise NotImplementedError
+
+    def _delta(self, question: Question, result: Any, *args: Any, **options: Any) -> np.ndarray:
+        """The convergence delta of a result, where the method has one."""
+        raise NotImplementedError
+
+    def _with_delta(self, question: Question, *args: Any, **options: Any) -> tuple[Any, np.ndarray]:
+        """Attributions and their convergence delta."""
+        result = self._attribute(question, **options)
+        return result, self._delta(question, result, **options)
+
+    def _checks(
+        self, question: Question, result: Any, *args: Any, **options: Any
+    ) -> dict[str, np.ndarray]:
+        """Figures by name, one per example, that tell how far to trust a result."""
+        return {}
+
+    def _call(self, arguments: Mapping[str, Any]) -> Any:
+        """The body of every ``attribute``: resolve the question, then answer it.
+
+        ``arguments`` are those of ``attribute`` by name; what is not part of the question goes to
+        :meth:`_attribute`.
+        """
+        question, options, wants_delta = self._parse(arguments)
+        if wants_delta:
+            return self._with_delta(question, **options)
+        return self._attribute(question, **options)
+
+    def _parse(self, arguments: Mapping[str, Any]) -> tuple[Question, dict[str, Any], bool]:
+        """The question, the options of the method, and whether the delta is wanted."""
+        options = {k: v for k, v in arguments.items() if k not in ("self", "__class__")}
+        target = options.pop("target", None)
+        question = self._ask(
+            options.pop("inputs"),
+            options.pop("neuron_selector", target),
+            options.pop("additional_forward_args", None),
+            of_entering=options.pop("attribute_to_neuron_input", False),
+            wrt_entering=options.pop("attribute_to_layer_input", False),
+        )
+        wants_delta = options.pop("return_convergence_delta", False)
+        return question, options, wants_delta
+
+    def _pass(
+        self,
+        question: Question,
+        key: Hashable,
+        write: Write,
+        rows: Mapping[str, Any] | None = None,
+        shared: Mapping[str, np.ndarray] | None = None,
+        exact: bool = True,
+        more: Sequence[ir.Value] = (),
+    ) -> list[np.ndarray]:
+        """One row of a rewritten graph per example; compiled once per ``key`` and question.
+
+        Args:
+            question: the question.
+            key: what else the graph depends on.
+            write: emits the explainer into a copy of the model: ``write(op, of, seed, wrt, *more)``
+                gets the copies of the values and an input that is fed the cotangent; returns the
+                outputs. One without a shape is taken to have that of the source at its place.
+            rows, shared: feeds of the inputs that ``write`` adds, with a row per example or none.
+            exact: the true derivative is taken (see :meth:`Model.rewriting`).
+            more: further values of the model that ``write`` needs.
+
+        Returns:
+            The outputs in order, examples first.
+        """
+        cotangent, count = self._fed("cotangent"), len(question.wrt)
+
+        def build() -> ir.Model:
+            copy, values = self.model.rewriting(question.of, *question.wrt, *more, exact=exact)
+            of, wrt, others = values[0], values[1 : 1 + count], values[1 + count :]
+            op = Emitter(copy.graph, "explain")
+            seed = new_input(copy.graph, cotangent, of, dims(of))
+            written = write(op, of, seed, wrt, *others)
+            copy.graph.outputs.clear()
+            for i, value in enumerate(written):
+                emit_attribution(
+                    op, value, self._fed("attribution", i), wrt[i] if i < count else value
+                )
+            prune(copy)
+            return copy
+
+        program = self.model.program((key, question.key), build)
+        if question.at_once:
+            seed = np.asarray(question.seeds(slice(0, 1))[0])
+            fed = {**question.feeds.arrays, **(rows or {}), **(shared or {}), cotangent: seed}
+            return list(program.session(fed).values())
+        fed = {**(rows or {}), cotangent: question.seeds}
+        return list(self.model.run(program, question.feeds, fed, shared).values())
+
+    def _fed(self, name: str | None, suffix: object = None) -> str:
+        """The name of an input or output of the explainer, one that the model does not have."""
+        return self.model.free_name(f"{name}" if suffix is None else f"{name}.{suffix}")
+
+    # ---- the question -------------------------------------------------------------------------
 
     def _resolve(
         self, of_entering: bool, wrt_entering: bool
@@ -260,6 +376,16 @@ class Attribution:
         )
         result = self.model.run(self.model.forward([value.name or ""]), one)[value.name or ""]
         return result.shape if at_once else result.shape[1:]
+
+
+def emit_attribution(op: Emitter, value: ir.Value, name: str, source: ir.Value) -> None:
+    """Make a value an output, of the shape of ``source`` if its own is not known.
+
+    Half precision leaves as float32.
+    """
+    out = op.Cast(value, to=ir.DataType.FLOAT) if value.dtype in HALVES else op.Identity(value)
+    out.name, out.shape = name, source.shape if value.shape is None else value.shape
+    op.graph.outputs.append(out)
 
 
 def _integers(d: Sequence[Any]) -> tuple[int, ...] | None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxplain.graph.edit import new_input, prune
-from onnxplain.graph.emit import Emitter, dims
+from onnxplain.graph.emit import Emitter
 from onnxplain.graph.grad import backward
 from onnxplain.methods.base import Attribution, Layers, Question
+from onnxplain.methods.forms import neuron_form
 from onnxplain.model import Model
+from onnxplain.rules import Rules
+from onnxplain.rules.vjp import VJP
 from onnxplain.run.feeds import Arrays
 
 Formula = Literal["gradient", "absolute", "product"]
@@ -24,47 +26,30 @@ FORMULAS: dict[Formula, Callable[[Emitter, ir.Value, ir.Value], ir.Value]] = {
 }
 """The attribution of a value from itself and its gradient."""
 
-HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
+class GradientAttribution(Attribution):
+    """What gradient methods share: the backward graph under some rules, and a formula behind it."""
+
+    def _gradient(
+        self, question: Question, formula: Formula, rules: Rules = VJP, key: Hashable = None
+    ) -> Any:
+        """Attributions by a formula; ``key`` tells rules other than the derivatives apart."""
+
+        def write(
+            op: Emitter, of: ir.Value, seed: ir.Value, wrt: Sequence[ir.Value]
+        ) -> list[ir.Value]:
+            grads = backward(op, {of: seed}, wrt, rules, self.model.opset)
+            found = []
+            for value, grad in zip(wrt, grads, strict=True):
+                found.append(FORMULAS[formula](op, value, grad))
+                found[-1].shape = value.shape
+            return found
+
+        arrays = self._pass(question, (formula, key), write, exact=rules is VJP)
+        return question.answer(arrays)
 
 
-def emit_attribution(op: Emitter, value: ir.Value, name: str, source: ir.Value) -> None:
-    """Make the attributions of ``source`` an output; half precision leaves as float32."""
-    out = op.Cast(value, to=ir.DataType.FLOAT) if value.dtype in HALVES else op.Identity(value)
-    out.name, out.shape = name, source.shape
-    op.graph.outputs.append(out)
-
-
-class _Gradient(Attribution):
-    """What gradient methods share: the backward graph, and one formula behind it."""
-
-    def _build(self, question: Question, formula: Formula) -> ir.Model:
-        """The explainer: inputs of the model and ``cotangent``; outputs ``attribution.I``."""
-        copy, values = self.model.rewriting(question.of, *question.wrt)
-        of, wrt = values[0], values[1:]
-        op = Emitter(copy.graph, "explain")
-        seed = new_input(copy.graph, self.model.free_name("cotangent"), of, dims(of))
-        grads = backward(op, {of: seed}, wrt, opset=self.model.opset)
-        copy.graph.outputs.clear()
-        for i, (value, grad) in enumerate(zip(wrt, grads, strict=True)):
-            name = self.model.free_name(f"attribution.{i}")
-            emit_attribution(op, FORMULAS[formula](op, value, grad), name, value)
-        prune(copy)
-        return copy
-
-    def _run(self, question: Question, formula: Formula) -> Any:
-        program = self.model.program(
-            (formula, question.key), lambda: self._build(question, formula)
-        )
-        cotangent = self.model.free_name("cotangent")
-        if question.at_once:
-            seed = np.asarray(question.seeds(slice(0, 1))[0])
-            found = program.session({**question.feeds.arrays, cotangent: seed})
-        else:
-            found = self.model.run(program, question.feeds, {cotangent: question.seeds})
-        return question.answer(list(found.values()))
-
-
-class Saliency(_Gradient):
+class Saliency(GradientAttribution):
     """The gradient of the output with respect to the input, by default its absolute value.
 
     Source: Simonyan, Vedaldi, Zisserman, "Deep Inside Convolutional Networks", 2013,
@@ -97,11 +82,13 @@ class Saliency(_Gradient):
         Raises:
             InputError, TargetError, LayerError, NotDifferentiableError, NoRuleError.
         """
-        question = self._ask(inputs, target, additional_forward_args)
-        return self._run(question, "absolute" if abs else "gradient")
+        return self._call(locals())
+
+    def _attribute(self, question: Question, abs: bool = True) -> Any:
+        return self._gradient(question, "absolute" if abs else "gradient")
 
 
-class InputXGradient(_Gradient):
+class InputXGradient(GradientAttribution):
     """The input times the gradient of the output with respect to it.
 
     Source: Shrikumar et al., "Not Just a Black Box", 2016, arXiv:1605.01713. Unit: output.
@@ -116,10 +103,30 @@ class InputXGradient(_Gradient):
         self, inputs: Arrays, target: Any = None, additional_forward_args: Arrays = None
     ) -> Any:
         """Explain examples; arguments, result and errors as :meth:`Saliency.attribute`."""
-        return self._run(self._ask(inputs, target, additional_forward_args), "product")
+        return self._call(locals())
+
+    def _attribute(self, question: Question) -> Any:
+        return self._gradient(question, "product")
 
 
-class LayerGradientXActivation(_Gradient):
+class _SignedGradient(GradientAttribution):
+    """The gradient itself; :class:`NeuronGradient` is its neuron form."""
+
+    name = "gradient"
+    title = "Gradient"
+    paper = Saliency.paper
+
+    def attribute(
+        self, inputs: Arrays, target: Any = None, additional_forward_args: Arrays = None
+    ) -> Any:
+        """Explain examples; arguments, result and errors as :meth:`Saliency.attribute`."""
+        return self._call(locals())
+
+    def _attribute(self, question: Question) -> Any:
+        return self._gradient(question, "gradient")
+
+
+class LayerGradientXActivation(GradientAttribution):
     """A layer's values times the gradient of the output with respect to them.
 
     Args:
@@ -132,6 +139,7 @@ class LayerGradientXActivation(_Gradient):
     title = "Layer Gradient X Activation"
     paper = "Shrikumar et al. 2016, arXiv:1605.01713"
     needs = ("gradient", "layer")
+    explains = "layer"
 
     def __init__(self, model: Model, layer: Layers, multiply_by_inputs: bool = True) -> None:
         super().__init__(model, wrt=layer)
@@ -154,55 +162,21 @@ class LayerGradientXActivation(_Gradient):
             An array of the layer's shape; a tuple where several values leave the scope; a list for
             a list of layers.
         """
-        question = self._ask(
-            inputs, target, additional_forward_args, wrt_entering=attribute_to_layer_input
-        )
-        return self._run(question, "product" if self.multiplies_by_inputs else "gradient")
+        return self._call(locals())
+
+    def _attribute(self, question: Question) -> Any:
+        return self._gradient(question, "product" if self.multiplies_by_inputs else "gradient")
 
 
-class NeuronGradient(_Gradient):
+@neuron_form
+class NeuronGradient(_SignedGradient):
     """The gradient of one neuron of a layer with respect to the inputs.
 
-    Args:
-        model: the model.
-        layer: name of the neuron's layer.
+    Source: Simonyan et al., 2013, arXiv:1312.6034, section 3.
     """
 
     name = "neuron-gradient"
     title = "Neuron Gradient"
-    paper = "Simonyan et al. 2013, arXiv:1312.6034"
-    needs = ("gradient", "layer", "neuron")
-
-    def __init__(self, model: Model, layer: str) -> None:
-        super().__init__(model, of=layer)
-
-    def attribute(
-        self,
-        inputs: Arrays,
-        neuron_selector: Any,
-        additional_forward_args: Arrays = None,
-        attribute_to_neuron_input: bool = False,
-    ) -> Any:
-        """Explain a neuron.
-
-        Args:
-            inputs, additional_forward_args: as :meth:`Saliency.attribute`.
-            neuron_selector: int, or tuple of ints and slices (summed), without the examples axis.
-            attribute_to_neuron_input: the neuron is one of the values that enter the layer.
-
-        Returns:
-            Gradients of the inputs' shape, in the inputs' form.
-
-        Raises:
-            NeuronError: the selector doesn't fit the layer's shape.
-        """
-        question = self._ask(
-            inputs,
-            neuron_selector,
-            additional_forward_args,
-            of_entering=attribute_to_neuron_input,
-        )
-        return self._run(question, "gradient")
 
 
 class LayerActivation(Attribution):
@@ -216,6 +190,7 @@ class LayerActivation(Attribution):
     name = "layer-activation"
     title = "Layer Activation"
     needs = ("layer",)
+    explains = "layer"
 
     def __init__(self, model: Model, layer: Layers) -> None:
         super().__init__(model, wrt=layer)
@@ -241,3 +216,7 @@ class LayerActivation(Attribution):
             for g in groups
         ]
         return results if isinstance(self._wrt, list) else results[0]
+
+    def explain(self, **arguments: Any) -> tuple[Any, dict[str, np.ndarray]]:
+        """The layer's values: there is nothing to check."""
+        return self.attribute(**arguments), {}

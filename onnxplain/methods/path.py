@@ -1,4 +1,8 @@
-"""Path methods: gradients summed along a straight line from a baseline to the input."""
+"""Path methods: gradients summed along a straight line from a baseline to the input.
+
+They differ in where the line lies (in the inputs, or in a layer), by what is differentiated along
+it, and in what the gradient of a step is multiplied with; the rest is :class:`PathAttribution`.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxplain.errors import InputError, OutOfMemoryError
+from onnxplain.errors import InputError, LayerError, OutOfMemoryError
 from onnxplain.graph.edit import (
     Rows,
     affine_frontier,
+    downstream,
     has_rows,
     new_input,
     prune,
@@ -21,14 +26,15 @@ from onnxplain.graph.edit import (
     twin,
     unstack_rows,
 )
-from onnxplain.graph.emit import Emitter, dims, rank
+from onnxplain.graph.emit import Emitter, dims, is_float, rank
 from onnxplain.graph.grad import backward, check_path
 from onnxplain.methods import target as targets
-from onnxplain.methods.base import Attribution, Layers, Question
-from onnxplain.methods.gradient import HALVES, emit_attribution
-from onnxplain.model import Model
-from onnxplain.run.feeds import Arrays, Feeds, by_name, check_array
-from onnxplain.run.program import take
+from onnxplain.methods.base import HALVES, Attribution, Layers, Question, emit_attribution
+from onnxplain.methods.baselines import named_baselines
+from onnxplain.methods.forms import layer_form, neuron_form
+from onnxplain.model import Model, single
+from onnxplain.run.feeds import Arrays
+from onnxplain.run.program import Program, take
 
 QUADRATURES = (
     "gausslegendre",
@@ -65,69 +71,365 @@ def quadrature(method: str, n_steps: int) -> tuple[np.ndarray, np.ndarray]:
     return np.linspace(first, first + 1 - 1 / n, n), weights
 
 
-def named_baselines(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.ndarray]:
-    """Baselines of the explained inputs, each with first dimension 1 or N.
-
-    Args:
-        baselines: None (zeros), a number, an array, or a tuple or dict of these.
-
-    Raises:
-        InputError: a baseline doesn't fit its input.
-    """
-    names = list(feeds.explained)
-    given: Mapping[str, Any] = {}
-    if isinstance(baselines, Mapping | tuple):
-        given, _ = by_name(baselines, names, "baselines")
-    elif baselines is not None:
-        if np.ndim(baselines) == 0:
-            given = dict.fromkeys(names, baselines)
-        elif len(names) == 1:
-            given = {names[0]: baselines}
-        else:
-            raise InputError(
-                f"one array can't be the baseline of {len(names)} inputs ({', '.join(names)}); "
-                "give a number, or a tuple or dict with one for each"
-            )
-    values = {v.name: v for v in model.graph.graph.inputs}
-    found = {}
-    for name in names:
-        if model.axes[name] is None:
-            raise InputError(
-                f"input '{name}' is shared by all examples (examples_axis), so a path of each "
-                "example's own can't lead to it; pass it in additional_forward_args"
-            )
-        x, baseline = feeds.arrays[name], given.get(name)
-        if baseline is None or np.ndim(baseline) == 0:
-            array = np.full((1, *x.shape[1:]), 0 if baseline is None else baseline)
-        else:
-            array = np.asarray(baseline)
-            if array.shape == x.shape[1:]:
-                array = array[None]
-            elif array.ndim == x.ndim:
-                array = np.moveaxis(array, model.axes[name] or 0, 0)
-        if array.shape[1:] != x.shape[1:] or array.shape[0] not in (1, len(x)):
-            raise InputError(
-                f"baseline of '{name}': shape {list(array.shape)} was given for an input of shape "
-                f"{list(x.shape)}; give that shape, the same with first dimension 1, or a number"
-            )
-        found[name] = check_array(values[name], array, 0, "baseline of")
-    return found
-
-
 @dataclass(frozen=True)
 class _Point:
-    """A source on its path: its value, the way from the baseline, and its rows at all steps."""
+    """A value on its line: the way from the baseline, and its rows at all steps."""
 
     value: ir.Value
     delta: ir.Value
     rows: ir.Value
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A copy of the model that runs every example at ``positions`` of its line."""
+
+    copy: ir.Model
+    op: Emitter
+    points: list[_Point]
     times: ir.Value
+    of: ir.Value
+    """Rows of the explained value at all steps."""
+    layers: list[ir.Value]
+    """Rows of the question's sources at all steps."""
+    sources: list[ir.Value]
+    """The question's sources themselves."""
 
 
-class IntegratedGradients(Attribution):
+class PathAttribution(Attribution):
+    """What path methods share: the line, the steps in chunks, the sum over them.
+
+    The interpolation, the pass and the weighted sum over the steps are in the graph. A subclass
+    says with :meth:`_emit` what a chunk of steps contributes.
+    """
+
+    line_in = "inputs"
+    """Where the line lies: in the "inputs", or in the "sources" (layers) themselves."""
+
+    def _steps(self, method: str, n_steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions on the line and the weights of their cotangents."""
+        return quadrature(method, n_steps)
+
+    def _emit(self, line: _Line, seeds: ir.Value, weights: ir.Value | None) -> list[ir.Value]:
+        """What a chunk of steps contributes to each source (of its shape); after that, what the
+        next chunk wants to know of this one.
+
+        ``seeds`` are the weighted cotangents of all steps. ``weights`` [S] are given where that was
+        not possible: multiply them to the gradient of a step.
+        """
+        raise NotImplementedError
+
+    @property
+    def _graph_key(self) -> tuple[object, ...]:
+        """What the explainer depends on besides the question."""
+        return self.line_in, self._emit.__qualname__, self.multiplies_by_inputs
+
+    # ---- running ------------------------------------------------------------------------------
+
+    def _attribute(
+        self,
+        question: Question,
+        baselines: Any = None,
+        n_steps: int = 50,
+        method: str = "gausslegendre",
+        internal_batch_size: int | None = None,
+        **shared: np.ndarray,
+    ) -> Any:
+        if internal_batch_size is not None and (
+            not isinstance(internal_batch_size, int | np.integer) or internal_batch_size < 1
+        ):
+            raise InputError(
+                f"internal_batch_size must be an integer of at least 1, not {internal_batch_size!r}"
+            )
+        starts = named_baselines(self.model, question.feeds, baselines)
+        positions, weights = self._steps(method, n_steps)
+        arrays = self._sum(question, starts, positions, weights, internal_batch_size, shared)
+        return question.answer(arrays)
+
+    def _sum(
+        self,
+        question: Question,
+        starts: Mapping[str, np.ndarray],
+        positions: np.ndarray,
+        weights: np.ndarray,
+        at_most: int | None,
+        more: Mapping[str, np.ndarray],
+    ) -> list[np.ndarray]:
+        """The sum of what the steps contribute, in chunks of rows and of steps."""
+        program = self.model.program((self._graph_key, question.key), lambda: self._build(question))
+        feeds = question.feeds
+        rows, same = self._split_feeds(question, starts)
+        same |= {self._fed(name): array for name, array in more.items()}
+        cotangent = self._fed("cotangent")
+        rows[cotangent] = question.seeds
+        steps, count = len(positions), len(question.wrt)
+        carried = {
+            v.name or "": np.zeros([1] * rank(v), _dtype(v))
+            for v in program.model.graph.inputs
+            if (v.name or "").startswith(self._fed("carried"))
+        }
+        first = {self._fed("positions"): positions[:1], self._fed("weights"): weights[:1]}
+        size = self._steps_at_once(program, question, rows, same | carried | first, steps, at_most)
+        totals: list[np.ndarray] | None = None
+        start = 0
+        while start < steps:
+            piece = slice(start, min(start + size, steps))
+            shared = same | {
+                self._fed("positions"): positions[piece].astype(_working(question.wrt[0])),
+                self._fed("weights"): weights[piece].astype(_working(question.of)),
+            }
+            # Before the first step there is nothing yet, which broadcasts; then a row per example.
+            by_row = {k: v for k, v in carried.items() if start and len(v) == feeds.count}
+            shared |= {k: v for k, v in carried.items() if k not in by_row}
+            try:
+                if question.at_once:
+                    seed = np.asarray(question.seeds(slice(0, 1))[0])
+                    fed = {**feeds.arrays, **rows, **by_row, **shared, cotangent: seed}
+                    found = program.session(_read(program, fed))
+                else:
+                    limit = None if at_most is None else max(1, at_most // size)
+                    found = self.model.run(
+                        program, feeds, rows | by_row, _read(program, shared), at_most=limit
+                    )
+            except OutOfMemoryError:
+                if size == 1 or question.at_once:
+                    raise
+                size = max(1, size // 2)
+                continue
+            parts = list(found.values())[:count]
+            carried = dict(zip(carried, list(found.values())[count:], strict=True))
+            if totals is None:
+                totals = parts if piece.stop == steps else [p.astype(np.float64) for p in parts]
+            else:
+                for total, part in zip(totals, parts, strict=True):
+                    total += part
+            dtypes = [p.dtype for p in parts]
+            start = piece.stop
+        assert totals is not None
+        return [t.astype(d, copy=False) for t, d in zip(totals, dtypes, strict=True)]
+
+    def _steps_at_once(
+        self,
+        program: Program,
+        question: Question,
+        rows: Mapping[str, Any],
+        same: Mapping[str, np.ndarray],
+        steps: int,
+        at_most: int | None,
+    ) -> int:
+        """How many steps of one example fit the memory."""
+        if question.at_once or self.model.fixed_batch is not None:
+            return 1
+        if not all(has_rows(v) for v in self._on_steps(question)):
+            # What the first axis counts (windows, time) can't be told apart by step afterwards:
+            # one step is run at a time.
+            return 1
+        arrays = {k: v for k, v in question.feeds.arrays.items() if self.model.axes[k] is not None}
+        row = {k: take(v, slice(0, 1)).shape for k, v in {**arrays, **rows}.items()}
+        shared = {k: v.shape for k, v in question.feeds.arrays.items() if k not in row}
+        shared |= {k: v.shape for k, v in _read(program, same).items()}
+        # A step costs what a row of one step costs.
+        size = program.fitting(row, shared, steps)
+        return size if at_most is None else min(size, at_most)
+
+    def _on_steps(self, question: Question) -> list[ir.Value]:
+        """The values of which every step has rows of its own."""
+        return [*question.wrt, *self._anchors(question), *self._between(question)]
+
+    # ---- the graph ----------------------------------------------------------------------------
+
+    def _anchors(self, question: Question) -> list[ir.Value]:
+        """The values between whose baseline and input the line lies.
+
+        An input of integers (token numbers) has its line in its embedding.
+        """
+        if self.line_in == "sources":
+            return list(question.wrt)
+        found: list[ir.Value] = []
+        for value in self.model.graph.graph.inputs:
+            if value.name in question.feeds.explained:
+                embedded = () if is_float(value) else self.model.embeddings(value.name or "")
+                if not embedded:
+                    self._check_source(value)
+                found += embedded or [value]
+        return found
+
+    def _between(self, question: Question) -> list[ir.Value]:
+        """Further values on the way, whose rows at all steps are wanted."""
+        return []
+
+    def _build(self, question: Question) -> ir.Model:
+        """The explainer.
+
+        Inputs: those of the model, ``NAME.baseline`` for each explained one (first dimension 1 or
+        N), ``positions`` and ``weights`` of the steps [S], ``cotangent``, and what :meth:`_emit`
+        adds. Outputs: ``attribution.I``, summed over the steps given, and what is carried on.
+        """
+        line = self._line(question)
+        graph, op, of = line.copy.graph, line.op, line.of
+        weights = ir.Value(
+            name=self._fed("weights"), type=ir.TensorType(_wide(of)), shape=ir.Shape(["steps"])
+        )
+        seed = new_input(graph, self._fed("cotangent"), of, dims(of))
+        graph.inputs.append(weights)
+        seeds = seed
+        later: ir.Value | None = weights
+        if not question.at_once:
+            # Linear in the cotangent: weighting it weights the gradients, and costs nothing.
+            scaled = op.Mul(
+                op.Unsqueeze(_widen(op, seed), [0]), _along_steps(op, weights, rank(of))
+            )
+            seeds, later = stack_rows(op, op.cast_like(scaled, of), of), None
+        emitted = self._emit(line, seeds, later)
+        graph.outputs.clear()
+        for i, value in enumerate(emitted):
+            if i < len(question.wrt):
+                emit_attribution(op, value, self._fed("attribution", i), line.sources[i])
+            else:
+                emit_attribution(op, value, self._fed("hands_on", i), value)
+        prune(line.copy)
+        return line.copy
+
+    def _build_ends(self, question: Question) -> ir.Model:
+        """The explained value at positions of the line; the inputs as in the explainer."""
+        line = self._line(question)
+        line.copy.graph.outputs[:] = [line.of]
+        prune(line.copy)
+        return line.copy
+
+    def _line(self, question: Question) -> _Line:
+        explained = [v for v in self.model.graph.graph.inputs if v.name in question.feeds.explained]
+        groups = [question.wrt, self._between(question), self._anchors(question), explained]
+        copy, (of, *values) = self.model.rewriting(question.of, *(v for g in groups for v in g))
+        rest = iter(values)
+        wrt, between, anchors, inputs = ([next(rest) for _ in group] for group in groups)
+        graph = copy.graph
+        # The rewrite below would hide the names that the user knows.
+        check_path(graph, [of], wrt)
+        reached = {v for n in downstream(graph, anchors) for v in n.outputs} | set(anchors)
+        for value in (*wrt, *between):
+            if value not in reached:
+                raise LayerError(
+                    f"layer '{value.name}' does not depend on the explained input(s) "
+                    f"({', '.join(question.feeds.explained)}), so nothing changes there along the "
+                    "path; choose a layer behind them"
+                )
+        op = Emitter(graph, "explain")
+        baselines = {
+            v: new_input(graph, self._fed(v.name, "baseline"), v, ["baselines", *dims(v)[1:]])
+            for v in inputs
+        }
+        positions = ir.Value(
+            name=self._fed("positions"),
+            type=ir.TensorType(_wide(anchors[0])),
+            shape=ir.Shape(["steps"]),
+        )
+        graph.inputs.append(positions)
+        points = []
+        for value, start in zip(anchors, twin(op, anchors, baselines), strict=True):
+            begin, end = _widen(op, start), _widen(op, value)
+            delta = op.Sub(end, begin)
+            line = op.Add(
+                op.Unsqueeze(begin, [0]),
+                op.Mul(op.Unsqueeze(delta, [0]), _along_steps(op, positions, rank(value))),
+            )
+            points.append(_Point(value, delta, stack_rows(op, op.cast_like(line, value), value)))
+        times = op.Shape(positions)
+        fed = {p.value: p.rows for p in points}
+        of, *rows = Rows(op, [of, *wrt, *between], fed, times).of
+        return _Line(copy, op, points, times, of, rows, wrt)
+
+    def _summed(
+        self,
+        line: _Line,
+        of: ir.Value,
+        seeds: ir.Value,
+        sources: Mapping[ir.Value, ir.Value],
+        weights: ir.Value | None,
+    ) -> list[ir.Value]:
+        """Gradients summed over the steps, by sources given as rows with the value they repeat.
+
+        Sums over the steps commute with what is affine, so the last part of the way back, often a
+        whole convolution, is gone once an example instead of once a step.
+        """
+        op = line.op
+        frontier = affine_frontier(op.graph, list(sources), of)
+        totals = []
+        for value, grad in zip(
+            frontier, backward(op, {of: seeds}, frontier, opset=self.model.opset), strict=True
+        ):
+            steps = _widen(op, unstack_rows(op, grad, line.times, value))
+            if weights is not None:
+                steps = op.Mul(steps, _along_steps(op, op.cast_like(weights, steps), rank(value)))
+            totals.append(op.cast_like(op.ReduceSum(steps, [0], keepdims=0), value))
+        # Sources that depend on each other are independent here: each is on its own path.
+        leaves = {rows: op.Identity(value) for rows, value in sources.items()}
+        for leaf, value in zip(leaves.values(), sources.values(), strict=True):
+            leaf.shape = value.shape
+        ends = twin(op, frontier, leaves)
+        return backward(
+            op, dict(zip(ends, totals, strict=True)), list(leaves.values()), opset=self.model.opset
+        )
+
+    # ---- baselines, and the ends of the line --------------------------------------------------
+
+    def _split_feeds(
+        self, question: Question, starts: Mapping[str, np.ndarray]
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """The baselines as feeds: those with a row per example, and those shared by all.
+
+        In front of a layer they meet other values with a row per example, so each has one too.
+        """
+        count = question.feeds.count
+        if question.groups is not None:
+            starts = {k: np.broadcast_to(v, (count, *v.shape[1:])) for k, v in starts.items()}
+        fed = {self._fed(k, "baseline"): v for k, v in starts.items()}
+        rows: dict[str, Any] = {k: v for k, v in fed.items() if len(v) == count}
+        return rows, {k: v for k, v in fed.items() if k not in rows}
+
+    def _ends(self, question: Question, starts: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The explained value at the inputs minus that at the baselines, float64 [N]."""
+        feeds = question.feeds
+        name = question.of.name or ""
+        program = self.model.forward([name])
+        begins = {k: np.broadcast_to(v, feeds.arrays[k].shape) for k, v in starts.items()}
+        end, begin = (
+            self._explained(question, self.model.run(program, replace(feeds, arrays=fed))[name])
+            for fed in (feeds.arrays, feeds.arrays | begins)
+        )
+        return np.asarray(end - begin)
+
+    def _explained(self, question: Question, values: np.ndarray) -> np.ndarray:
+        """The explained number of each example from the values of ``of``, float64 [N]."""
+        values = values.astype(np.float64)
+        if question.at_once:
+            return values.reshape(1)
+        if self._of is not None:
+            values = values * question.seeds(slice(0, 1))
+            return values.reshape(len(values), -1).sum(axis=1)
+        return targets.select(values, question.indices).reshape(len(values))
+
+    def _delta(
+        self, question: Question, result: Any, baselines: Any = None, **_: Any
+    ) -> np.ndarray:
+        starts = named_baselines(self.model, question.feeds, baselines)
+        return _total(question, result) - self._ends(question, starts)
+
+    def compute_convergence_delta(
+        self,
+        attributions: Any,
+        start_point: Any,
+        end_point: Arrays,
+        target: Any = None,
+        additional_forward_args: Arrays = None,
+    ) -> np.ndarray:
+        """Sum of attributions minus (output at ``end_point`` - output at ``start_point``), [N]."""
+        question = self._ask(end_point, target, additional_forward_args)
+        return self._delta(question, attributions, start_point)
+
+
+class IntegratedGradients(PathAttribution):
     """Integrated gradients: the gradient, integrated from a baseline to the input.
-
-    The interpolation, the pass and the weighted sum over the steps are in the graph.
 
     Source: Sundararajan, Taly, Yan, "Axiomatic Attribution for Deep Networks", 2017,
     arXiv:1703.01365, equations 1 and 3. Unit: output; attributions add up to the difference between
@@ -142,6 +444,7 @@ class IntegratedGradients(Attribution):
     title = "Integrated Gradients"
     paper = "Sundararajan et al. 2017, arXiv:1703.01365"
     check = "convergence_delta: sum of attributions minus (output at input - output at baseline)"
+    line_in = "sources"
 
     def __init__(
         self,
@@ -190,36 +493,34 @@ class IntegratedGradients(Attribution):
         Raises:
             InputError, TargetError, LayerError, NotDifferentiableError, NoRuleError.
         """
-        question = self._ask(inputs, target, additional_forward_args)
-        return self._integrate(
-            question, baselines, n_steps, method, internal_batch_size, return_convergence_delta
-        )
+        return self._call(locals())
 
-    def explain(self, **arguments: Any) -> tuple[Any, dict[str, np.ndarray]]:
-        """As :meth:`attribute`, with the completeness gap along the path that was integrated.
+    def _emit(self, line: _Line, seeds: ir.Value, weights: ir.Value | None) -> list[ir.Value]:
+        op = line.op
+        sources = dict(zip(line.layers, line.sources, strict=True))
+        found = []
+        for point, grad in zip(
+            line.points, self._summed(line, line.of, seeds, sources, weights), strict=True
+        ):
+            total = _widen(op, grad)
+            found.append(op.Mul(total, point.delta) if self.multiplies_by_inputs else total)
+            found[-1].shape = point.value.shape
+        return found
+
+    def _checks(
+        self, question: Question, result: Any, baselines: Any = None, **_: Any
+    ) -> dict[str, np.ndarray]:
+        """The completeness gap along the path that was integrated.
 
         Between the ends of the path only the sources differ: what reaches the output around a layer
         keeps the values of the input. (``return_convergence_delta`` compares with the output at the
         baseline, as Captum does, where what goes around the layer differs too.)
         """
-        result = self.attribute(**arguments)
-        question = self._ask(
-            arguments["inputs"],
-            arguments.get("target", arguments.get("neuron_selector")),
-            arguments.get("additional_forward_args"),
-            of_entering=arguments.get("attribute_to_neuron_input", False),
-            wrt_entering=arguments.get("attribute_to_layer_input", False),
-        )
         if not self.multiplies_by_inputs or question.at_once:
-            return result, {}
-        starts = named_baselines(self.model, question.feeds, arguments.get("baselines"))
+            return {}
+        starts = named_baselines(self.model, question.feeds, baselines)
         explained = self._difference(question, starts)
-        delta = question.sums(result) - explained
-        size = np.maximum(np.abs(explained), np.finfo(np.float32).tiny)
-        return result, {
-            "convergence_delta": delta,
-            "relative_convergence_delta": np.abs(delta) / size,
-        }
+        return gap(question.sums(result), explained)
 
     def _difference(self, question: Question, starts: Mapping[str, np.ndarray]) -> np.ndarray:
         """The explained value at the end of the path minus that at its start, float64 [N]."""
@@ -235,257 +536,8 @@ class IntegratedGradients(Attribution):
             ends.append(self._explained(question, next(iter(found.values()))))
         return ends[0] - ends[1]
 
-    def _ends(self, question: Question, starts: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The explained value at the inputs minus that at the baselines, float64 [N]."""
-        feeds = question.feeds
-        name = question.of.name or ""
-        program = self.model.forward([name])
-        begins = {k: np.broadcast_to(v, feeds.arrays[k].shape) for k, v in starts.items()}
-        end, begin = (
-            self._explained(question, self.model.run(program, replace(feeds, arrays=fed))[name])
-            for fed in (feeds.arrays, feeds.arrays | begins)
-        )
-        return np.asarray(end - begin)
 
-    def _fed(self, name: str | None, suffix: object = None) -> str:
-        """The name of an input or output of the explainer, one that the model does not have."""
-        return self.model.free_name(f"{name}" if suffix is None else f"{name}.{suffix}")
-
-    def _split_feeds(
-        self, question: Question, starts: Mapping[str, np.ndarray]
-    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """The baselines as feeds: those with a row per example, and those shared by all.
-
-        In front of a layer they meet other values with a row per example, so each has one too.
-        """
-        count = question.feeds.count
-        if question.groups is not None:
-            starts = {k: np.broadcast_to(v, (count, *v.shape[1:])) for k, v in starts.items()}
-        fed = {self._fed(k, "baseline"): v for k, v in starts.items()}
-        rows: dict[str, Any] = {k: v for k, v in fed.items() if len(v) == count}
-        return rows, {k: v for k, v in fed.items() if k not in rows}
-
-    def _explained(self, question: Question, values: np.ndarray) -> np.ndarray:
-        """The explained number of each example from the values of ``of``, float64 [N]."""
-        values = values.astype(np.float64)
-        if question.at_once:
-            return values.reshape(1)
-        if self._of is not None:
-            values = values * question.seeds(slice(0, 1))
-            return values.reshape(len(values), -1).sum(axis=1)
-        return targets.select(values, question.indices).reshape(len(values))
-
-    def compute_convergence_delta(
-        self,
-        attributions: Any,
-        start_point: Any,
-        end_point: Arrays,
-        target: Any = None,
-        additional_forward_args: Arrays = None,
-    ) -> np.ndarray:
-        """Sum of attributions minus (output at ``end_point`` - output at ``start_point``), [N]."""
-        question = self._ask(end_point, target, additional_forward_args)
-        starts = named_baselines(self.model, question.feeds, start_point)
-        return self._delta(question, attributions, starts)
-
-    def _integrate(
-        self,
-        question: Question,
-        baselines: Any,
-        n_steps: int,
-        method: str,
-        internal_batch_size: int | None,
-        return_convergence_delta: bool,
-    ) -> Any:
-        if internal_batch_size is not None and (
-            not isinstance(internal_batch_size, int | np.integer) or internal_batch_size < 1
-        ):
-            raise InputError(
-                f"internal_batch_size must be an integer of at least 1, not {internal_batch_size!r}"
-            )
-        positions, weights = quadrature(method, n_steps)
-        starts = named_baselines(self.model, question.feeds, baselines)
-        arrays = self._sum(question, starts, positions, weights, internal_batch_size)
-        answer = question.answer(arrays)
-        if not return_convergence_delta:
-            return answer
-        return answer, self._delta(question, answer, starts)
-
-    def _sum(
-        self,
-        question: Question,
-        starts: Mapping[str, np.ndarray],
-        positions: np.ndarray,
-        weights: np.ndarray,
-        at_most: int | None,
-    ) -> list[np.ndarray]:
-        """The weighted sum of gradients over the steps, in chunks of rows and of steps."""
-        program = self.model.program(
-            ("path", self.multiplies_by_inputs, question.key), lambda: self._build(question)
-        )
-        feeds = question.feeds
-        rows, same = self._split_feeds(question, starts)
-        cotangent = self._fed("cotangent")
-        rows[cotangent] = question.seeds
-        steps = len(positions)
-        size = self._steps_at_once(program, question, rows, same, steps, at_most)
-        totals: list[np.ndarray] | None = None
-        start = 0
-        while start < steps:
-            piece = slice(start, min(start + size, steps))
-            shared = same | {
-                self._fed("positions"): positions[piece].astype(_working(question.wrt[0])),
-                self._fed("weights"): weights[piece].astype(_working(question.of)),
-            }
-            try:
-                if question.at_once:
-                    seed = np.asarray(question.seeds(slice(0, 1))[0])
-                    fed = {**feeds.arrays, **rows, **shared, cotangent: seed}
-                    found = program.session(fed)
-                else:
-                    limit = None if at_most is None else max(1, at_most // size)
-                    found = self.model.run(program, feeds, rows, shared, at_most=limit)
-            except OutOfMemoryError:
-                if size == 1 or question.at_once:
-                    raise
-                size = max(1, size // 2)
-                continue
-            parts = list(found.values())
-            if totals is None:
-                totals = parts if piece.stop == steps else [p.astype(np.float64) for p in parts]
-            else:
-                for total, part in zip(totals, parts, strict=True):
-                    total += part
-            dtypes = [p.dtype for p in parts]
-            start = piece.stop
-        assert totals is not None
-        return [t.astype(d, copy=False) for t, d in zip(totals, dtypes, strict=True)]
-
-    def _steps_at_once(
-        self,
-        program: Any,
-        question: Question,
-        rows: Mapping[str, Any],
-        same: Mapping[str, np.ndarray],
-        steps: int,
-        at_most: int | None,
-    ) -> int:
-        """How many steps of one example fit the memory."""
-        aligned = all(has_rows(v) for v in question.wrt)
-        if question.at_once or not aligned:
-            # Only whole batches follow one another along the first axis: where that counts
-            # something else too (windows, time), and where one number stands for the whole batch,
-            # one step is run at a time.
-            return 1
-        arrays = {k: v for k, v in question.feeds.arrays.items() if self.model.axes[k] is not None}
-        row = {k: take(v, slice(0, 1)).shape for k, v in {**arrays, **rows}.items()}
-        shared = {k: v.shape for k, v in question.feeds.arrays.items() if k not in row}
-        shared |= {k: v.shape for k, v in same.items()}
-        # A step costs what a row of one step costs.
-        size = program.fitting(
-            row, shared | {self._fed("positions"): (1,), self._fed("weights"): (1,)}, steps
-        )
-        return size if at_most is None else min(size, at_most)
-
-    def _build(self, question: Question) -> ir.Model:
-        """The explainer.
-
-        Inputs: those of the model, ``NAME.baseline`` for each explained one (first dimension 1 or
-        N), ``positions`` and ``weights`` of the steps [S], ``cotangent``. Outputs:
-        ``attribution.I``, summed over the steps given.
-        """
-        copy, op, of, path = self._along_path(question)
-        graph = copy.graph
-        weights = ir.Value(
-            name=self._fed("weights"), type=ir.TensorType(_wide(of)), shape=ir.Shape(["steps"])
-        )
-        seed = new_input(graph, self._fed("cotangent"), of, dims(of))
-        graph.inputs.append(weights)
-        seeds = seed
-        if not question.at_once:
-            # Linear in the cotangent: weighting it weights the gradients, and costs nothing.
-            scaled = op.Mul(
-                op.Unsqueeze(_widen(op, seed), [0]), _along_steps(op, weights, rank(of))
-            )
-            seeds = stack_rows(op, op.cast_like(scaled, of), of)
-        # Sums over the steps commute with what is affine, so the last part of the way back, often
-        # a whole convolution, is gone once an example instead of once a step.
-        rows = {point.rows: point.value for point in path}
-        frontier = affine_frontier(graph, list(rows), of)
-        totals = []
-        for value, grad in zip(
-            frontier, backward(op, {of: seeds}, frontier, opset=self.model.opset), strict=True
-        ):
-            steps = _widen(op, unstack_rows(op, grad, path[0].times, value))
-            if question.at_once:
-                steps = op.Mul(steps, _along_steps(op, op.cast_like(weights, steps), rank(value)))
-            totals.append(op.cast_like(op.ReduceSum(steps, [0], keepdims=0), value))
-        # Sources that depend on each other are independent here: each is on its own path.
-        sources = {new: op.Identity(value) for new, value in rows.items()}
-        for leaf, value in zip(sources.values(), rows.values(), strict=True):
-            leaf.shape = value.shape
-        ends = twin(op, frontier, sources)
-        grads = backward(
-            op, dict(zip(ends, totals, strict=True)), list(sources.values()), opset=self.model.opset
-        )
-        graph.outputs.clear()
-        for i, (point, grad) in enumerate(zip(path, grads, strict=True)):
-            total = _widen(op, grad)
-            result = op.Mul(total, point.delta) if self.multiplies_by_inputs else total
-            emit_attribution(op, result, self._fed("attribution", i), point.value)
-        prune(copy)
-        return copy
-
-    def _build_ends(self, question: Question) -> ir.Model:
-        """The explained value at positions of the path; the inputs as in the explainer."""
-        copy, _, of, _ = self._along_path(question)
-        copy.graph.outputs[:] = [of]
-        prune(copy)
-        return copy
-
-    def _along_path(self, question: Question) -> tuple[ir.Model, Emitter, ir.Value, list[_Point]]:
-        """A copy of the model that runs every example at ``positions`` of its path."""
-        explained = [v for v in self.model.graph.graph.inputs if v.name in question.feeds.explained]
-        copy, values = self.model.rewriting(question.of, *question.wrt, *explained)
-        count = len(question.wrt)
-        of, wrt, inputs = values[0], values[1 : 1 + count], values[1 + count :]
-        graph = copy.graph
-        check_path(graph, [of], wrt)  # the rewrite below would hide the names that the user knows
-        op = Emitter(graph, "explain")
-        baselines = {
-            v: new_input(graph, self._fed(v.name, "baseline"), v, ["baselines", *dims(v)[1:]])
-            for v in inputs
-        }
-        positions = ir.Value(
-            name=self._fed("positions"),
-            type=ir.TensorType(_wide(wrt[0])),
-            shape=ir.Shape(["steps"]),
-        )
-        graph.inputs.append(positions)
-        times = op.Shape(positions)
-        path = []
-        for value, start in zip(wrt, twin(op, wrt, baselines), strict=True):
-            begin, end = _widen(op, start), _widen(op, value)
-            delta = op.Sub(end, begin)
-            line = op.Add(
-                op.Unsqueeze(begin, [0]),
-                op.Mul(op.Unsqueeze(delta, [0]), _along_steps(op, positions, rank(value))),
-            )
-            rows = stack_rows(op, op.cast_like(line, value), value)
-            path.append(_Point(value, delta, rows, times))
-        (of,) = Rows(op, [of], {p.value: p.rows for p in path}, times).of
-        return copy, op, of, path
-
-    def _delta(
-        self, question: Question, result: Any, starts: Mapping[str, np.ndarray]
-    ) -> np.ndarray:
-        """The sum of attributions minus the difference of the outputs, float64 [N]."""
-        total = question.sums(result)
-        if question.at_once:
-            total = total.sum(keepdims=True)
-        return total - self._ends(question, starts)
-
-
+@layer_form
 class LayerIntegratedGradients(IntegratedGradients):
     """Integrated gradients along the straight line between a layer's values.
 
@@ -498,12 +550,100 @@ class LayerIntegratedGradients(IntegratedGradients):
         multiply_by_inputs: False gives the integral without the factor (value - baseline value).
     """
 
-    name = "layer-integrated-gradients"
-    title = "Layer Integrated Gradients"
-    needs = ("gradient", "layer")
 
-    def __init__(self, model: Model, layer: Layers, multiply_by_inputs: bool = True) -> None:
-        super().__init__(model, multiply_by_inputs, wrt=layer)
+@neuron_form
+class NeuronIntegratedGradients(IntegratedGradients):
+    """Integrated gradients of one neuron of a layer.
+
+    Args:
+        model: the model.
+        layer: name of the neuron's layer.
+        multiply_by_inputs: as :class:`IntegratedGradients`.
+    """
+
+
+class InternalInfluence(PathAttribution):
+    """The gradient by a layer, averaged along the straight line from a baseline to the input.
+
+    Source: Leino et al., "Influence-Directed Explanations for Deep Convolutional Networks", 2018,
+    arXiv:1802.03788, definition 1. Unit: output per unit of the layer.
+
+    Args:
+        model: the model.
+        layer: a layer's name, or a list of names.
+    """
+
+    name = "internal-influence"
+    title = "Internal Influence"
+    paper = "Leino et al. 2018, arXiv:1802.03788"
+    needs = ("gradient", "layer")
+    explains = "layer"
+
+    def __init__(self, model: Model, layer: Layers) -> None:
+        super().__init__(model, wrt=layer)
+
+    def attribute(
+        self,
+        inputs: Arrays,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Arrays = None,
+        n_steps: int = 50,
+        method: str = "gausslegendre",
+        internal_batch_size: int | None = None,
+        attribute_to_layer_input: bool = False,
+    ) -> Any:
+        """Explain examples by a layer.
+
+        Arguments and errors as :meth:`IntegratedGradients.attribute`, the path lying in the inputs
+        (for token numbers, in their embedding); ``attribute_to_layer_input``: by what enters the
+        layer.
+
+        Returns:
+            An array of the layer's shape; a tuple where several values leave the scope; a list for
+            a list of layers.
+        """
+        return self._call(locals())
+
+    def _emit(self, line: _Line, seeds: ir.Value, weights: ir.Value | None) -> list[ir.Value]:
+        sources = dict(zip(line.layers, line.sources, strict=True))
+        found = self._summed(line, line.of, seeds, sources, weights)
+        for grad, value in zip(found, line.sources, strict=True):
+            grad.shape = value.shape
+        return found
+
+
+class LayerConductance(PathAttribution):
+    """The part of integrated gradients of the inputs that flows through each neuron of a layer.
+
+    The integral of (d output / d neuron) d neuron along the straight line from a baseline to the
+    input, taken from the neuron's values at the steps, which saves the derivative of what comes
+    before the layer.
+
+    Source: Dhamdhere et al., "How Important Is a Neuron?", 2018, arXiv:1805.12233, equation 2;
+    Shrikumar et al., 2018, arXiv:1807.09946, section 2.2, for the differences. Unit: output;
+    conductances of a layer through which every path runs add up to the difference between the
+    outputs at the input and at the baseline.
+
+    Args:
+        model: the model.
+        layer: a layer's name, or a list of names.
+    """
+
+    name = "layer-conductance"
+    title = "Layer Conductance"
+    paper = "Dhamdhere et al. 2018, arXiv:1805.12233"
+    needs = ("gradient", "layer")
+    explains = "layer"
+    check = IntegratedGradients.check
+    multiplies_by_inputs = True
+
+    def __init__(self, model: Model, layer: Layers) -> None:
+        super().__init__(model, wrt=layer)
+
+    def has_convergence_delta(self) -> bool:
+        """True: the completeness gap."""
+        return True
 
     def attribute(
         self,
@@ -519,61 +659,154 @@ class LayerIntegratedGradients(IntegratedGradients):
     ) -> Any:
         """Explain examples by a layer.
 
-        Arguments as :meth:`IntegratedGradients.attribute`; integer inputs (token ids) are allowed,
-        their default baseline is 0. ``attribute_to_layer_input``: by what enters the layer.
+        Arguments and errors as :meth:`InternalInfluence.attribute`. The layer is evaluated at
+        n_steps + 1 points.
 
         Returns:
             An array of the layer's shape; a tuple where several values leave the scope; a list for
             a list of layers; with the delta if asked for.
         """
-        question = self._ask(
-            inputs, target, additional_forward_args, wrt_entering=attribute_to_layer_input
-        )
-        return self._integrate(
-            question, baselines, n_steps, method, internal_batch_size, return_convergence_delta
-        )
+        return self._call(locals())
+
+    def _steps(self, method: str, n_steps: int) -> tuple[np.ndarray, np.ndarray]:
+        quadrature(method, n_steps)  # refuses what it refuses elsewhere
+        positions, _ = quadrature(method, n_steps + 1)
+        return positions, np.ones_like(positions)
+
+    def _emit(self, line: _Line, seeds: ir.Value, weights: ir.Value | None) -> list[ir.Value]:
+        op = line.op
+        grads = backward(op, {line.of: seeds}, line.layers, opset=self.model.opset)
+        totals, carried = [], []
+        for i, (rows, grad, value) in enumerate(zip(line.layers, grads, line.sources, strict=True)):
+            now, slope = (_widen(op, unstack_rows(op, v, line.times, value)) for v in (rows, grad))
+            before, slope_before = (
+                ir.Value(
+                    name=self._fed("carried", 2 * i + k),
+                    type=ir.TensorType(_wide(value)),
+                    shape=ir.Shape([None] * rank(value)),
+                )
+                for k in (0, 1)
+            )
+            op.graph.inputs.extend((before, slope_before))
+            first, last = (op.Gather(now, op.const(np.int64(at))) for at in (0, -1))
+            rise = op.Sub(op.Slice(now, [1], [_END], [0]), op.Slice(now, [0], [-1], [0]))
+            inside = op.ReduceSum(op.Mul(op.Slice(slope, [0], [-1], [0]), rise), [0], keepdims=0)
+            total = op.Add(inside, op.Mul(slope_before, op.Sub(first, before)))
+            total.shape = value.shape
+            totals.append(total)
+            carried += [last, op.Gather(slope, op.const(np.int64(-1)))]
+        for value, rows in zip(carried, [v for v in line.sources for _ in (0, 1)], strict=True):
+            value.shape = rows.shape
+        return totals + carried
+
+    def _checks(
+        self, question: Question, result: Any, baselines: Any = None, **_: Any
+    ) -> dict[str, np.ndarray]:
+        """The completeness gap; also what goes around the layer is missing in the sum."""
+        if question.at_once:
+            return {}
+        starts = named_baselines(self.model, question.feeds, baselines)
+        return gap(question.sums(result), self._ends(question, starts))
 
 
-class NeuronIntegratedGradients(IntegratedGradients):
-    """Integrated gradients of one neuron of a layer.
+class NeuronConductance(PathAttribution):
+    """The conductance of one neuron of a layer, by input.
+
+    The integral of (d output / d neuron)(d neuron / d input) along the straight line from a
+    baseline to the input, times (input - baseline).
+
+    Source: Dhamdhere et al., 2018, arXiv:1805.12233, equation 1. Unit: output.
 
     Args:
         model: the model.
         layer: name of the neuron's layer.
-        multiply_by_inputs: as :class:`IntegratedGradients`.
+        multiply_by_inputs: False gives the integral without the factor (input - baseline).
     """
 
-    name = "neuron-integrated-gradients"
-    title = "Neuron Integrated Gradients"
+    name = "neuron-conductance"
+    title = "Neuron Conductance"
+    paper = LayerConductance.paper
     needs = ("gradient", "layer", "neuron")
 
     def __init__(self, model: Model, layer: str, multiply_by_inputs: bool = True) -> None:
-        super().__init__(model, multiply_by_inputs, of=layer)
+        super().__init__(model)
+        self.multiplies_by_inputs = multiply_by_inputs
+        self.layer = layer
+        single(model, layer)  # unknown names are refused where they are given
 
-    def attribute(  # type: ignore[override]
+    def attribute(
         self,
         inputs: Arrays,
         neuron_selector: Any,
         baselines: Any = None,
+        target: Any = None,
         additional_forward_args: Arrays = None,
         n_steps: int = 50,
-        method: str = "gausslegendre",
+        method: str = "riemann_trapezoid",
         internal_batch_size: int | None = None,
         attribute_to_neuron_input: bool = False,
     ) -> Any:
-        """Explain a neuron.
+        """Explain what a neuron passes on to the target.
 
         ``neuron_selector``: int, or tuple of ints and slices (summed), without the examples axis;
-        ``attribute_to_neuron_input``: of what enters the layer; the others, the result and the
-        errors as :meth:`IntegratedGradients.attribute`.
+        ``attribute_to_neuron_input``: of what enters the layer. Other arguments and errors as
+        :meth:`IntegratedGradients.attribute`.
+
+        Returns:
+            Attributions of the inputs' shape, in the inputs' form.
         """
-        question = self._ask(
-            inputs,
-            neuron_selector,
-            additional_forward_args,
-            of_entering=attribute_to_neuron_input,
-        )
-        return self._integrate(question, baselines, n_steps, method, internal_batch_size, False)
+        return self._call(locals())
+
+    def _parse(self, arguments: Mapping[str, Any]) -> tuple[Question, dict[str, Any], bool]:
+        arguments = dict(arguments)
+        selector = arguments.pop("neuron_selector")
+        entering = arguments.pop("attribute_to_neuron_input", False)
+        question, options, delta = super()._parse(arguments)
+        layer = single(self.model, self.layer, entering=entering)
+        shape = self._trailing(layer, question.feeds, False)
+        mask = targets.neuron_mask(selector, shape, _dtype(layer))
+        return replace(question, between=(layer,)), {**options, "neuron": mask}, delta
+
+    def _between(self, question: Question) -> list[ir.Value]:
+        return list(question.between)
+
+    def _emit(self, line: _Line, seeds: ir.Value, weights: ir.Value | None) -> list[ir.Value]:
+        op, neuron = line.op, line.layers[-1]
+        mask = new_input(op.graph, self._fed("neuron"), neuron, [1, *dims(neuron)[1:]])
+        (slope,) = backward(op, {line.of: seeds}, [neuron], opset=self.model.opset)
+        through = op.Mul(slope, mask)
+        through.shape = neuron.shape
+        sources = {p.rows: p.value for p in line.points}
+        found = []
+        for point, grad in zip(
+            line.points, self._summed(line, neuron, through, sources, weights), strict=True
+        ):
+            total = _widen(op, grad)
+            found.append(op.Mul(total, point.delta) if self.multiplies_by_inputs else total)
+            found[-1].shape = point.value.shape
+        return found
+
+
+def gap(total: np.ndarray, explained: np.ndarray) -> dict[str, np.ndarray]:
+    """How far attributions miss what they should add up to, absolute and relative, [N] each."""
+    delta = total - explained
+    size = np.maximum(np.abs(explained), np.finfo(np.float32).tiny)
+    return {"convergence_delta": delta, "relative_convergence_delta": np.abs(delta) / size}
+
+
+def _total(question: Question, result: Any) -> np.ndarray:
+    """The sum of attributions of each example, or of all where they are explained at once."""
+    total = question.sums(result)
+    return total.sum(keepdims=True) if question.at_once else total
+
+
+def _read(program: Program, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    """The feeds that the graph has inputs for (weights of steps may have none)."""
+    names = {v.name for v in program.model.graph.inputs}
+    return {k: v for k, v in feeds.items() if k in names}
+
+
+_END = np.iinfo(np.int64).max
 
 
 def _wide(value: ir.Value) -> ir.DataType:
@@ -584,6 +817,11 @@ def _wide(value: ir.Value) -> ir.DataType:
 
 def _working(value: ir.Value) -> np.dtype[Any]:
     return _wide(value).numpy()
+
+
+def _dtype(value: ir.Value) -> np.dtype[Any]:
+    assert value.dtype is not None
+    return value.dtype.numpy()
 
 
 def _widen(op: Emitter, value: ir.Value) -> ir.Value:
