@@ -222,6 +222,12 @@ def test_a_block_that_feeds_itself(suffix: str) -> None:
     assert [v.name for v in model.resolve("block#1", entering=True)] == ["b"]
 
 
+def test_modules_side_by_side_are_branches_of_one_call() -> None:
+    text = "g (float[N,4] x) => (float[N,4] y) { a = Relu(x)  b = Relu(x)  y = Add(a, b) }"
+    model = named(text, ["/multi/one/Relu", "/multi/two/Relu", "/Add"])
+    assert [v.name for v in model.resolve("multi")] == ["a", "b"]
+
+
 def test_modules_that_only_look_alike() -> None:
     model = twice("_1", shared=False)
     assert [v.name for v in model.resolve("block")] == ["d"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -311,8 +312,8 @@ def _split_calls(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
     """Separate the calls of a reused module.
 
     Nodes that values connect belong to one call, unless they are a sequence that repeats with the
-    same weights: then a call feeds the next. Groups that are alike (same operators, same weights)
-    are calls; else they are branches of one call.
+    same weights: then a call feeds the next. Groups that are alike (same operators, same weights,
+    same modules within) are calls; else they are branches of one call.
     """
     parent = {node: node for node in nodes}
 
@@ -332,7 +333,8 @@ def _split_calls(nodes: Sequence[ir.Node]) -> list[list[ir.Node]]:
     for node in nodes:
         groups.setdefault(root(node), []).append(node)
     calls = [call for group in groups.values() for call in _repeats(group)]
-    return calls if all(_alike(calls[0], call) for call in calls) else [list(nodes)]
+    alike = all(_alike(calls[0], call) and _within(calls[0]) == _within(call) for call in calls)
+    return calls if alike else [list(nodes)]
 
 
 def _repeats(nodes: list[ir.Node]) -> list[list[ir.Node]]:
@@ -352,6 +354,14 @@ def _alike(a: Sequence[ir.Node], b: Sequence[ir.Node]) -> bool:
         return False
     ours, theirs = _weights(a), _weights(b)
     return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+
+
+def _within(nodes: Sequence[ir.Node]) -> list[tuple[str, ...]]:
+    """The scopes of each node: two modules side by side differ, two calls of one do not.
+
+    Without the ``_1`` that PyTorch's TorchScript exporter gives to later calls of inner modules.
+    """
+    return [tuple(re.sub(r"_\d+(?=\.|$)", "", s) for s in scopes(node)) for node in nodes]
 
 
 def _weights(nodes: Sequence[ir.Node]) -> list[ir.Value]:

@@ -64,7 +64,7 @@ def _form(
 ) -> Any:
     base: Any = cls.__mro__[1]
     made = _parameters(base.__init__)
-    made.pop("of"), made.pop("wrt")
+    del made[keyword]
     _insert(made, "layer", inspect.Parameter.empty, annotation, "model")
     call = _parameters(base.attribute)
     ask(call)

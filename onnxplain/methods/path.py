@@ -25,6 +25,7 @@ from onnxplain.graph.edit import (
     stack_rows,
     twin,
     unstack_rows,
+    upstream,
 )
 from onnxplain.graph.emit import Emitter, dims, is_float, rank
 from onnxplain.graph.grad import backward, check_path
@@ -702,8 +703,10 @@ class LayerConductance(PathAttribution):
     def _checks(
         self, question: Question, result: Any, baselines: Any = None, **_: Any
     ) -> dict[str, np.ndarray]:
-        """The completeness gap; also what goes around the layer is missing in the sum."""
-        if question.at_once:
+        """The completeness gap, where nothing goes around the layer (it has no part in the sum)."""
+        around = upstream(self.model.graph.graph, [question.of], stop=question.wrt)
+        anchors = self._anchors(question)
+        if question.at_once or any(v in anchors for node in around for v in node.inputs):
             return {}
         starts = named_baselines(self.model, question.feeds, baselines)
         return gap(question.sums(result), self._ends(question, starts))
@@ -721,6 +724,7 @@ class NeuronConductance(PathAttribution):
         model: the model.
         layer: name of the neuron's layer.
         multiply_by_inputs: False gives the integral without the factor (input - baseline).
+        wrt: explain by these layers (the embedding of token numbers) instead of the inputs.
     """
 
     name = "neuron-conductance"
@@ -728,8 +732,17 @@ class NeuronConductance(PathAttribution):
     paper = LayerConductance.paper
     needs = ("gradient", "layer", "neuron")
 
-    def __init__(self, model: Model, layer: str, multiply_by_inputs: bool = True) -> None:
-        super().__init__(model)
+    line_in = "sources"
+
+    def __init__(
+        self,
+        model: Model,
+        layer: str,
+        multiply_by_inputs: bool = True,
+        *,
+        wrt: Layers | None = None,
+    ) -> None:
+        super().__init__(model, wrt=wrt)
         self.multiplies_by_inputs = multiply_by_inputs
         self.layer = layer
         single(model, layer)  # unknown names are refused where they are given
