@@ -84,14 +84,14 @@ def explain(
     labels = labels if labels is not None else model.labels
     prediction = model.run(model.forward([model.output.name or ""]), feeds)[model.output.name or ""]
 
-    if neuron is not None and layer is None:
-        raise InputError("a neuron was given without its layer: name the layer too")
-    embedded = _embeddings(model, feeds) if _by_inputs(info, layer, neuron) else {}
-    made, call = _make(info, model, layer, neuron, feeds, embedded, options)
+    by_inputs = _by_inputs(info, layer, neuron)
+    embedded = _embeddings(model, feeds) if by_inputs else {}
+    made = _make(info, model, layer, neuron, feeds, embedded, options)
+    call = {k: v for k, v in options.items() if k not in info.made_with}
     index = None
     if neuron is not None:
         call["neuron_selector" if "neuron" in info.needs else "target"] = neuron
-    else:
+    if neuron is None or ("neuron" in info.needs and info.takes_target):
         index = _target(target, prediction, labels, feeds.count)
         if info.takes_target:
             call["target"] = _as_target(index)
@@ -106,7 +106,7 @@ def explain(
         gap = checks.get("relative_convergence_delta")
         if gap is None or not (gap > GOOD_DELTA).any():
             break
-    if _by_inputs(info, layer, neuron):
+    if by_inputs:
         arrays, form = _by_input(result, feeds, embedded), feeds.form
         arrays = {k: np.moveaxis(v, model.axes[k] or 0, 0) for k, v in arrays.items()}
     else:
@@ -123,7 +123,7 @@ def explain(
         prediction=prediction if prediction.ndim else np.broadcast_to(prediction, feeds.count),
         target=index,
         labels=labels,
-        layer=layer,
+        layer=layer if layer is not None else getattr(made, "layer", None),
         options={**info.options, **options, **chosen, **given},
         checks=checks,
         provenance={**_provenance(model), **record, **(provenance or {})},
@@ -188,7 +188,9 @@ def _embeddings(model: Model, feeds: Feeds) -> dict[str, str]:
 
 def _by_inputs(info: MethodInfo, layer: str | None, neuron: Any) -> bool:
     """Whether the inputs get the attributions, and not a layer."""
-    return (layer is None and "layer" not in info.needs) or neuron is not None
+    if info.takes_layer:
+        return info.explains == "inputs"
+    return layer is None or neuron is not None
 
 
 def _make(
@@ -199,25 +201,22 @@ def _make(
     feeds: Feeds,
     embedded: Mapping[str, str],
     options: Mapping[str, Any],
-) -> tuple[Attribution, dict[str, Any]]:
-    """The method for a question, and those of its options that ``attribute`` takes."""
-    cls: Any = info.cls
-    call = dict(options)
-    made_with = {k: call.pop(k) for k in list(call) if k == "multiply_by_inputs"}
-    if "layer" in info.needs:
-        if layer is None:
-            raise InputError(f"method '{info.name}' needs a layer; model.layers() lists them")
-        if ("neuron" in info.needs) != (neuron is not None):
-            raise InputError(
-                f"method '{info.name}' explains a neuron: give layer and neuron"
-                if neuron is None
-                else f"method '{info.name}' explains by a layer, not a neuron: leave out the neuron"
-            )
-        return cls(model, layer, **made_with), call
-    if neuron is None and layer is not None:
-        return cls(model, wrt=layer, **made_with), call
+) -> Attribution:
+    """The method for a question."""
+    if neuron is not None and layer is None:
+        raise InputError("a neuron was given without its layer: name the layer too")
+    if "layer" in info.needs and layer is None:
+        raise InputError(f"method '{info.name}' needs a layer; model.layers() lists them")
+    if "neuron" in info.needs and neuron is None:
+        raise InputError(f"method '{info.name}' explains a neuron: give layer and neuron")
+    if info.takes_layer and "neuron" not in info.needs and neuron is not None:
+        raise InputError(f"method '{info.name}' explains the output: leave out the neuron")
     sources = [embedded.get(name, name) for name in feeds.explained] if embedded else None
-    return cls(model, of=layer, wrt=sources, **made_with), call
+    if info.takes_layer:
+        return info.make(model, options, layer=layer, wrt=sources)
+    if layer is not None and neuron is None:
+        return info.make(model, options, wrt=layer)
+    return info.make(model, options, of=layer, wrt=sources)
 
 
 def _target(

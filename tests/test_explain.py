@@ -40,7 +40,9 @@ def test_every_method_explains(net: ox.Model, name: str) -> None:
     assert info.summary
     np.testing.assert_allclose(explanation.prediction, (X * X) @ W, rtol=1e-4, atol=1e-5)
     if "convergence_delta" in info.check:
-        assert np.abs(explanation.checks["convergence_delta"]).max() < 1e-4
+        delta = "relative_" * (name == "layer-conductance") + "convergence_delta"
+        # Conductance multiplies slopes by differences between steps: exact for no finite number.
+        assert np.abs(explanation.checks[delta]).max() < (0.01 if "relative" in delta else 1e-4)
 
 
 def test_predicted_target_and_labels(net: ox.Model) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from onnxplain.methods.base import Attribution
+from onnxplain.methods.base import Attribution, Layers
 from onnxplain.methods.gradient import (
     InputXGradient,
     LayerActivation,
@@ -22,6 +23,7 @@ from onnxplain.methods.path import (
     NeuronConductance,
     NeuronIntegratedGradients,
 )
+from onnxplain.model import Model
 
 __all__ = [
     "Attribution",
@@ -53,8 +55,8 @@ METHODS: tuple[type[Attribution], ...] = (
     NeuronConductance,
 )
 
-# Arguments of `attribute` that are not options of a method.
-_QUESTION = {
+# Parameters that are part of the question, not options of a method.
+_NO_OPTIONS = {
     "self",
     "inputs",
     "target",
@@ -62,12 +64,28 @@ _QUESTION = {
     "additional_forward_args",
     "neuron_selector",
     "return_convergence_delta",
+    "model",
+    "layer",
+    "of",
+    "wrt",
+    "seed",
 }
 
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What a method is, as `ox.methods()` and `onnxplain methods` tell."""
+    """What a method is, as `ox.methods()` and `onnxplain methods` tell.
+
+    Attributes:
+        name, title, summary, paper: what it is.
+        cls: its class.
+        options: its options and their defaults.
+        needs: "gradient", "layer", "neuron", "image", "random".
+        explains: what the result has the shape of: "inputs" or "layer".
+        check: what its check figure means.
+        takes_target, takes_baselines, takes_layer: what else it can be asked with.
+        made_with: the options that the constructor takes; the others are those of ``attribute``.
+    """
 
     name: str
     title: str
@@ -76,9 +94,27 @@ class MethodInfo:
     options: dict[str, Any]
     paper: str
     needs: tuple[str, ...]
+    explains: str
     check: str
     takes_target: bool
     takes_baselines: bool
+    takes_layer: bool
+    made_with: frozenset[str]
+
+    def make(
+        self,
+        model: Model,
+        options: Mapping[str, Any],
+        *,
+        layer: Layers | None = None,
+        of: str | None = None,
+        wrt: Layers | None = None,
+    ) -> Attribution:
+        """The method for a question, with those of the options that its constructor takes."""
+        asked = {"layer": layer, "of": of, "wrt": wrt}
+        made: dict[str, Any] = {k: v for k, v in options.items() if k in self.made_with}
+        made |= {k: v for k, v in asked.items() if v is not None}
+        return self.cls(model, **made)
 
 
 def registry() -> dict[str, MethodInfo]:
@@ -94,18 +130,21 @@ def _info(cls: type[Attribution]) -> MethodInfo:
         name: p.default
         for parameters in (made, call)
         for name, p in parameters.items()
-        if name not in _QUESTION and p.default is not p.empty and p.kind is not p.KEYWORD_ONLY
+        if name not in _NO_OPTIONS and p.default is not p.empty
     }
     summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
     return MethodInfo(
-        cls.name,
-        cls.title,
-        cls,
-        summary,
-        options,
-        cls.paper,
-        cls.needs,
-        cls.check,
-        "target" in call,
-        "baselines" in call,
+        name=cls.name,
+        title=cls.title,
+        cls=cls,
+        summary=summary,
+        options=options,
+        paper=cls.paper,
+        needs=cls.needs,
+        explains=cls.explains,
+        check=cls.check,
+        takes_target="target" in call,
+        takes_baselines="baselines" in call,
+        takes_layer="layer" in made,
+        made_with=frozenset(made) & frozenset(options),
     )
