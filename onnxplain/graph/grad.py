@@ -144,6 +144,8 @@ class Active:
             rule = rules.find(node)
             quantizes = rule is not None and rule.quantizes
             sources = list(reads(node))[: 1 if quantizes else None]
+            if rule is not None and rule.operands is not None:
+                sources = [v for i in rule.operands if (v := node.inputs[i]) is not None]
             if any(v in reached for v in sources):
                 integers = quantizes or any(v in reached and not is_float(v) for v in sources)
                 outs = [

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from onnxplain.errors import InputError
 from onnxplain.methods.base import Attribution, Layers
 from onnxplain.methods.gradient import (
     InputXGradient,
@@ -114,6 +115,11 @@ class MethodInfo:
         asked = {"layer": layer, "of": of, "wrt": wrt}
         made: dict[str, Any] = {k: v for k, v in options.items() if k in self.made_with}
         made |= {k: v for k, v in asked.items() if v is not None}
+        if wrt is not None and "wrt" not in inspect.signature(self.cls.__init__).parameters:
+            raise InputError(
+                f"method '{self.name}' explains by numbers, and an input here holds integers: "
+                "use a method that can explain by the embedding, such as integrated-gradients"
+            )
         return self.cls(model, **made)
 
 

@@ -155,8 +155,7 @@ class Attribution:
         bound = inspect.signature(self.attribute).bind(**arguments)  # type: ignore[attr-defined]
         bound.apply_defaults()
         question, options, _ = self._parse(bound.arguments)
-        result = self._attribute(question, **options)
-        return result, self._checks(question, result, **options)
+        return self._with_checks(question, **options)
 
     # ---- what a method is made of -------------------------------------------------------------
 
@@ -178,6 +177,13 @@ class Attribution:
     ) -> dict[str, np.ndarray]:
         """Figures by name, one per example, that tell how far to trust a result."""
         return {}
+
+    def _with_checks(
+        self, question: Question, *args: Any, **options: Any
+    ) -> tuple[Any, dict[str, np.ndarray]]:
+        """Attributions and their figures."""
+        result = self._attribute(question, **options)
+        return result, self._checks(question, result, **options)
 
     def _call(self, arguments: Mapping[str, Any]) -> Any:
         """The body of every ``attribute``: resolve the question, then answer it.

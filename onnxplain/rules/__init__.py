@@ -32,12 +32,15 @@ class Rule:
         quantizes: the operator enters or leaves integers that stand for real numbers. Only its
             first input and output carry the gradient: scales and zero points are constants.
         expands: there is no formula for this operator; its function body is differentiated.
+        operands: indices of the inputs that carry something back, None for all: the others are
+            constants, and the walk does not go there.
     """
 
     function: RuleFunction
     broadcasts: bool = False
     quantizes: bool = False
     expands: bool = False
+    operands: tuple[int, ...] | None = None
 
 
 def apply(

@@ -1,0 +1,278 @@
+"""Saliency maps: what comes back to a place of an image or a layer, as one number.
+
+Every map of TorchRay is data here: the rules of the way back, and the number made of a place's
+channels. Resizing and smoothing are one matrix an axis, in the same graph. The recipes of the
+CNN visualization collections are the same gradients as pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxplain.errors import InputError, LayerError
+from onnxplain.graph.emit import Emitter, dims
+from onnxplain.graph.grad import backward
+from onnxplain.methods.base import Attribution, Layers, Question
+from onnxplain.methods.interpolate import emit_along, matrices, smoothing
+from onnxplain.methods.modified import ModifiedActivations
+from onnxplain.methods.spatial import Grid, Image, grid, image, layer_image, nearest
+from onnxplain.model import Model
+from onnxplain.rules import Rules, modified
+from onnxplain.rules.vjp import VJP
+from onnxplain.run.feeds import Arrays
+
+Reduction = Callable[[Emitter, ir.Value, ir.Value, list[int]], ir.Value]
+"""A map [N, 1, *spatial] from values, what came back to them (both [N, C, *spatial]) and the
+spatial axes."""
+
+
+def largest(op: Emitter, x: ir.Value, g: ir.Value, axes: list[int]) -> ir.Value:
+    """The largest size over channels."""
+    return op.ReduceMax(op.Abs(g), [1], keepdims=1)
+
+
+def total(op: Emitter, x: ir.Value, g: ir.Value, axes: list[int]) -> ir.Value:
+    """The sum over channels."""
+    return op.ReduceSum(g, [1], keepdims=1)
+
+
+def positive_total(op: Emitter, x: ir.Value, g: ir.Value, axes: list[int]) -> ir.Value:
+    """The sum over channels where it is positive."""
+    return op.Relu(total(op, x, g, axes))
+
+
+def product(op: Emitter, x: ir.Value, g: ir.Value, axes: list[int]) -> ir.Value:
+    """Values times gradients, summed over channels."""
+    return total(op, x, op.Mul(x, g), axes)
+
+
+def by_mean_gradient(op: Emitter, x: ir.Value, g: ir.Value, axes: list[int]) -> ir.Value:
+    """Values times each channel's mean gradient, summed over channels where that is positive."""
+    return op.Relu(product(op, x, op.ReduceMean(g, axes, keepdims=1), axes))
+
+
+class SaliencyMap(Attribution):
+    """A map of what comes back to each place of the image or of a layer.
+
+    Args:
+        model: the model.
+        saliency_layer: name of the layer (or a list of names) that the map is of; None: the inputs.
+        of, wrt: names of layers, see :class:`Attribution`; ``wrt`` is another name of
+            ``saliency_layer``.
+
+    Raises:
+        LayerError: unknown, or without spatial axes.
+    """
+
+    needs = ("gradient", "image")
+    explains = "layer"
+    rules: Rules = VJP
+    reduce: ClassVar[Reduction]
+
+    def __init__(
+        self,
+        model: Model,
+        saliency_layer: Layers | None = None,
+        *,
+        of: str | None = None,
+        wrt: Layers | None = None,
+    ) -> None:
+        super().__init__(model, of=of, wrt=saliency_layer if wrt is None else wrt)
+
+    def attribute(
+        self,
+        inputs: Arrays,
+        target: Any = None,
+        resize: bool | Sequence[int] = False,
+        resize_mode: str = "bilinear",
+        smooth: float = 0.0,
+        additional_forward_args: Arrays = None,
+    ) -> Any:
+        """Explain examples.
+
+        Args:
+            inputs, target, additional_forward_args: as :meth:`Saliency.attribute`.
+            resize: True resizes the map to the image, a tuple (width, height) to that size.
+            resize_mode: "bilinear", "bicubic", "nearest" or "area"; "linear" for maps of one
+                spatial axis, "trilinear" of three.
+            smooth: standard deviation of a Gaussian filter behind that, as a fraction of the map's
+                longest side.
+
+        Returns:
+            A map for each input or layer, in the layout of the image: [N, 1, H, W], or [N, H, W, 1]
+            where its channels are last.
+
+        Raises:
+            LayerError: an input or a layer without spatial axes.
+            InputError: a size or a mode that doesn't fit them.
+        """
+        return self._call(locals())
+
+    def _attribute(
+        self, question: Question, resize: bool | Sequence[int], resize_mode: str, smooth: float
+    ) -> Any:
+        places = [self._place(question, value) for value in question.wrt]
+        finishes = [_finish(*place, resize, resize_mode, smooth) for place in places]
+
+        def write(
+            op: Emitter, of: ir.Value, seed: ir.Value, wrt: list[ir.Value], *more: ir.Value
+        ) -> list[ir.Value]:
+            made = []
+            backs = self._back(op, of, seed, wrt, *more)
+            for value, back, (_, where), finish in zip(wrt, backs, places, finishes, strict=True):
+                axes = list(range(2, 2 + len(where.sizes)))
+                found = type(self).reduce(op, where.maps(op, value), where.maps(op, back), axes)
+                found = emit_along(op, found, finish)
+                sizes = [len(matrix) for matrix in finish] or where.sizes
+                found.shape = ir.Shape([dims(value)[0], 1, *sizes])
+                made.append(found)
+            return made
+
+        more, key = self._more(question)
+        key = (self.name, key, *places, str(resize), resize_mode, smooth)
+        found = self._pass(question, key, write, exact=self.rules is VJP, more=more)
+        return question.answer([s.place(m) for m, (s, _) in zip(found, places, strict=True)])
+
+    def _more(self, question: Question) -> tuple[Sequence[ir.Value], Hashable]:
+        """Further values that :meth:`_back` needs, and what else the graph depends on."""
+        return (), None
+
+    def _back(
+        self, op: Emitter, of: ir.Value, seed: ir.Value, wrt: list[ir.Value], *more: ir.Value
+    ) -> list[ir.Value]:
+        """What comes back to each source."""
+        return backward(op, {of: seed}, wrt, self.rules, self.model.opset)
+
+    def _place(self, question: Question, value: ir.Value) -> tuple[Image, Grid]:
+        """The image that a map is laid over, and where a value has its channels and its space."""
+        shape = self._trailing(value, question.feeds, False)
+        where: Grid | None = None
+        if not value.is_graph_input():
+            seen = layer_image(self.model, value, question.feeds.arrays)
+            where = grid(value, shape, seen.sizes)
+            hint = nearest(self.model, value)
+        elif (found := image(value, value, shape)) is not None:
+            seen, hint = found, ""
+            channels = 1 if found.channels is None else shape[found.channels - 1]
+            sizes = tuple(s for s in found.sizes if s is not None)
+            where = Grid(found.channels or 1, 0, (channels, *sizes))
+        else:
+            hint = "pass it in additional_forward_args, or name a saliency_layer"
+        if where is None:
+            raise LayerError(
+                f"'{value.name}' has shape [N, {', '.join(map(str, shape))}], without spatial axes "
+                f"to make a map of; {hint}"
+            )
+        return seen, where
+
+
+def _finish(
+    seen: Image, where: Grid, resize: bool | Sequence[int], mode: str, smooth: float
+) -> list[np.ndarray]:
+    """The matrix of each spatial axis that resizes and smooths a map; none if it stays as it is."""
+    sizes = where.sizes
+    if resize is True:
+        sizes = tuple(s for s in seen.sizes if s is not None)
+    elif resize is not False:
+        sizes = tuple(resize)[::-1]
+        if len(sizes) != len(where.sizes) or not all(isinstance(s, int) and s > 0 for s in sizes):
+            raise InputError(
+                f"resize={resize!r} is no size of a map with {len(where.sizes)} spatial axes: give "
+                "True, False or positive integers, (width, height)"
+            )
+    if not (math.isfinite(smooth) and smooth >= 0):
+        raise InputError(f"smooth={smooth!r} is a fraction of the map's longest side, 0 or more")
+    if resize is False and not smooth:
+        return []
+    scale = [np.eye(s) for s in sizes] if resize is False else matrices(where.sizes, sizes, mode)
+    return [smoothing(len(m), smooth * max(sizes)) @ m for m in scale]
+
+
+class GradientMap(SaliencyMap):
+    """The largest size of the gradient over channels, place by place (TorchRay's "gradient").
+
+    Source: Simonyan et al., 2013, arXiv:1312.6034, section 3.1. Unit: output per unit of the image
+    or layer.
+    """
+
+    name = "gradient-map"
+    title = "Gradient Map"
+    paper = "Simonyan et al. 2013, arXiv:1312.6034"
+    reduce = staticmethod(largest)
+
+
+class LinearApproximation(SaliencyMap):
+    """A layer's values times the gradient, summed over channels (TorchRay's "linear approximation").
+
+    Source: Kindermans et al., "Investigating the influence of noise and distractors on the
+    interpretation of neural networks", 2016, arXiv:1611.07270. Unit: output.
+    """
+
+    name = "linear-approximation"
+    title = "Linear Approximation"
+    paper = "Kindermans et al. 2016, arXiv:1611.07270"
+    multiplies_by_inputs = True
+    reduce = staticmethod(product)
+
+
+class GradCAMMap(SaliencyMap):
+    """Grad-CAM of a layer, at the layer's size if not resized (TorchRay's "grad_cam").
+
+    Source: Selvaraju et al., "Grad-CAM", 2016, arXiv:1610.02391, equations 1 and 2. Unit: output.
+    """
+
+    name = "grad-cam-map"
+    title = "Grad-CAM Map"
+    paper = "Selvaraju et al. 2016, arXiv:1610.02391"
+    reduce = staticmethod(by_mean_gradient)
+
+
+class _ModifiedMap(ModifiedActivations, SaliencyMap):
+    """The gradient map under another rule for activations."""
+
+    reduce = staticmethod(largest)
+
+    def __init__(
+        self,
+        model: Model,
+        saliency_layer: Layers | None = None,
+        activations: str | Sequence[str] = "relu",
+        *,
+        of: str | None = None,
+        wrt: Layers | None = None,
+    ) -> None:
+        super().__init__(model, saliency_layer, of=of, wrt=wrt)
+        self._modify(activations)
+
+    def _more(self, question: Question) -> tuple[Sequence[ir.Value], Hashable]:
+        self._warn_if_plain(question)
+        return (), self.activations
+
+
+class GuidedBackpropMap(_ModifiedMap):
+    """The largest size of guided backpropagation over channels (TorchRay's "guided_backprop").
+
+    Source: Springenberg et al., 2014, arXiv:1412.6806, section 3.4.
+    """
+
+    name = "guided-backprop-map"
+    title = "Guided Backprop Map"
+    paper = "Springenberg et al. 2014, arXiv:1412.6806"
+    rule = staticmethod(modified.guided)
+
+
+class DeconvolutionMap(_ModifiedMap):
+    """The largest size of deconvolution over channels (TorchRay's "deconvnet").
+
+    Source: Zeiler and Fergus, 2013, arXiv:1311.2901, section 2.1.
+    """
+
+    name = "deconvolution-map"
+    title = "Deconvolution Map"
+    paper = "Zeiler and Fergus 2013, arXiv:1311.2901"
+    rule = staticmethod(modified.deconvolution)
