@@ -16,6 +16,12 @@ from onnxplain.methods.gradient import (
     NeuronGradient,
     Saliency,
 )
+from onnxplain.methods.modified import (
+    Deconvolution,
+    GuidedBackprop,
+    NeuronDeconvolution,
+    NeuronGuidedBackprop,
+)
 from onnxplain.methods.path import (
     IntegratedGradients,
     InternalInfluence,
@@ -28,6 +34,8 @@ from onnxplain.model import Model
 
 __all__ = [
     "Attribution",
+    "Deconvolution",
+    "GuidedBackprop",
     "InputXGradient",
     "IntegratedGradients",
     "InternalInfluence",
@@ -37,7 +45,9 @@ __all__ = [
     "LayerIntegratedGradients",
     "MethodInfo",
     "NeuronConductance",
+    "NeuronDeconvolution",
     "NeuronGradient",
+    "NeuronGuidedBackprop",
     "NeuronIntegratedGradients",
     "Saliency",
 ]
@@ -54,6 +64,10 @@ METHODS: tuple[type[Attribution], ...] = (
     InternalInfluence,
     LayerConductance,
     NeuronConductance,
+    GuidedBackprop,
+    Deconvolution,
+    NeuronGuidedBackprop,
+    NeuronDeconvolution,
 )
 
 # Parameters that are part of the question, not options of a method.
