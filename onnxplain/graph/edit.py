@@ -191,17 +191,19 @@ def has_rows(value: ir.Value) -> bool:
     return value.shape is not None and dims(value)[:1] == (BATCH,)
 
 
-def affine_frontier(graph: ir.Graph, sources: Sequence[ir.Value], of: ir.Value) -> list[ir.Value]:
-    """Where the affine part behind ``sources`` ends on the way to ``of``.
+def affine_frontier(
+    graph: ir.Graph, sources: Sequence[ir.Value], of: Sequence[ir.Value]
+) -> list[ir.Value]:
+    """Where the affine part behind ``sources`` ends on the way to ``of``, at the latest there.
 
-    Every path from a source to ``of`` passes exactly one of these values, each is an affine
-    function of the sources, and each has one row per example.
+    Every path from a source to a value of ``of`` passes exactly one of these values, each is an
+    affine function of the sources, and each has one row per example.
     """
-    needed = set(upstream(graph, [of]))
+    needed = set(upstream(graph, of))
     behind = [n for n in downstream(graph, sources) if n in needed]
     depends = set(sources) | {v for n in behind for v in n.outputs}
     fed = {v for n in downstream(graph, graph.inputs) for v in n.outputs} | set(graph.inputs)
-    cut: set[ir.Value] = set()  # values of whose consumers one is not affine
+    cut = set(of)  # and values of whose consumers one is not affine
     while True:
         affine = set(sources)
         found: dict[ir.Value, None] = {}
@@ -218,8 +220,7 @@ def affine_frontier(graph: ir.Graph, sources: Sequence[ir.Value], of: ir.Value) 
                 affine.update(node.outputs)
             else:
                 found.update((v, None) for v in node.inputs if v in given and v in affine)
-        if of in affine:
-            found[of] = None
+        found.update((v, None) for v in of if v in affine)
         if found.keys() <= cut:
             return list(found)
         cut.update(found)

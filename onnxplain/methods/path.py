@@ -73,26 +73,22 @@ def quadrature(method: str, n_steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class _Point:
-    """A value on its line: the way from the baseline, and its rows at all steps."""
-
-    value: ir.Value
-    delta: ir.Value
-    rows: ir.Value
-
-
-@dataclass(frozen=True)
 class _Line:
     """A copy of the model that runs every example at ``positions`` of its line."""
 
     copy: ir.Model
     op: Emitter
-    points: list[_Point]
     times: ir.Value
+    deltas: list[ir.Value]
+    """The way from the baseline to the input, of each value that the line lies in."""
+    leaves: list[ir.Value]
+    """These values at the input, depending on nothing that the line changes."""
+    frontier: dict[ir.Value, ir.Value]
+    """Where the affine part behind the leaves ends, and the rows of these values at all steps."""
     of: ir.Value
     """Rows of the explained value at all steps."""
     layers: list[ir.Value]
-    """Rows of the question's sources at all steps."""
+    """Rows of the question's sources (if the line is not in them) and of what is between."""
     sources: list[ir.Value]
     """The question's sources themselves."""
 
@@ -326,51 +322,79 @@ class PathAttribution(Attribution):
             shape=ir.Shape(["steps"]),
         )
         graph.inputs.append(positions)
-        points = []
-        for value, start in zip(anchors, twin(op, anchors, baselines), strict=True):
-            begin, end = _widen(op, start), _widen(op, value)
-            delta = op.Sub(end, begin)
-            line = op.Add(
-                op.Unsqueeze(begin, [0]),
-                op.Mul(op.Unsqueeze(delta, [0]), _along_steps(op, positions, rank(value))),
-            )
-            points.append(_Point(value, delta, stack_rows(op, op.cast_like(line, value), value)))
+        begins = twin(op, anchors, baselines)
+        deltas = [
+            op.Sub(_widen(op, v), _widen(op, b)) for v, b in zip(anchors, begins, strict=True)
+        ]
+        # Anchors that depend on each other are independent here: each is on its own line.
+        leaves = [v if v.is_graph_input() else _leaf(op, v) for v in anchors]
+        cut = {v: leaf for v, leaf in zip(anchors, leaves, strict=True) if v is not leaf}
+        inside = between if self.line_in == "sources" else [*wrt, *between]
+        ends = twin(op, [of, *inside], cut)
+        # What is affine behind the anchors maps lines to lines: the line is drawn where that ends,
+        # and the widest layers run twice an example instead of once a step.
+        frontier = affine_frontier(graph, leaves, ends)
+        starts = twin(op, frontier, dict(zip(leaves, begins, strict=True)))
         times = op.Shape(positions)
-        fed = {p.value: p.rows for p in points}
-        of, *rows = Rows(op, [of, *wrt, *between], fed, times).of
-        return _Line(copy, op, points, times, of, rows, wrt)
+        fed = {
+            v: stack_rows(op, self._interpolated(op, b, v, positions), v)
+            for v, b in zip(frontier, starts, strict=True)
+        }
+        of, *rows = Rows(op, ends, fed, times).of
+        return _Line(copy, op, times, deltas, leaves, fed, of, rows, wrt)
+
+    def _interpolated(
+        self, op: Emitter, begin: ir.Value, end: ir.Value, positions: ir.Value
+    ) -> ir.Value:
+        """[S, N, ...] of ``begin`` and ``end`` [N, ...]."""
+        first = op.Unsqueeze(_widen(op, begin), [0])
+        way = op.Sub(op.Unsqueeze(_widen(op, end), [0]), first)
+        line = op.Add(first, op.Mul(way, _along_steps(op, positions, rank(end))))
+        return op.cast_like(line, end)
 
     def _summed(
-        self,
-        line: _Line,
-        of: ir.Value,
-        seeds: ir.Value,
-        sources: Mapping[ir.Value, ir.Value],
-        weights: ir.Value | None,
+        self, line: _Line, of: ir.Value, seeds: ir.Value, weights: ir.Value | None
     ) -> list[ir.Value]:
-        """Gradients summed over the steps, by sources given as rows with the value they repeat.
+        """Gradients by the leaves, summed over the steps.
 
         Sums over the steps commute with what is affine, so the last part of the way back, often a
         whole convolution, is gone once an example instead of once a step.
         """
         op = line.op
-        frontier = affine_frontier(op.graph, list(sources), of)
-        totals = []
-        for value, grad in zip(
-            frontier, backward(op, {of: seeds}, frontier, opset=self.model.opset), strict=True
+        behind = {v for node in upstream(op.graph, [of]) for v in node.inputs} | {of}
+        frontier = {v: rows for v, rows in line.frontier.items() if rows in behind}
+        grads = backward(op, {of: seeds}, list(frontier.values()), opset=self.model.opset)
+        totals = {
+            value: op.cast_like(self._over_steps(line, grad, value, weights), value)
+            for value, grad in zip(frontier, grads, strict=True)
+        }
+        return backward(op, totals, line.leaves, opset=self.model.opset)
+
+    def _products(
+        self, line: _Line, of: ir.Value, seeds: ir.Value, weights: ir.Value | None
+    ) -> list[ir.Value]:
+        """The summed gradients by the leaves, times the way from the baseline if wanted."""
+        op = line.op
+        found = []
+        for leaf, delta, grad in zip(
+            line.leaves, line.deltas, self._summed(line, of, seeds, weights), strict=True
         ):
-            steps = _widen(op, unstack_rows(op, grad, line.times, value))
-            if weights is not None:
-                steps = op.Mul(steps, _along_steps(op, op.cast_like(weights, steps), rank(value)))
-            totals.append(op.cast_like(op.ReduceSum(steps, [0], keepdims=0), value))
-        # Sources that depend on each other are independent here: each is on its own path.
-        leaves = {rows: op.Identity(value) for rows, value in sources.items()}
-        for leaf, value in zip(leaves.values(), sources.values(), strict=True):
-            leaf.shape = value.shape
-        ends = twin(op, frontier, leaves)
-        return backward(
-            op, dict(zip(ends, totals, strict=True)), list(leaves.values()), opset=self.model.opset
-        )
+            total = _widen(op, grad)
+            found.append(op.Mul(total, delta) if self.multiplies_by_inputs else total)
+            found[-1].shape = leaf.shape
+        return found
+
+    def _over_steps(
+        self, line: _Line, stacked: ir.Value, like: ir.Value, weights: ir.Value | None
+    ) -> ir.Value:
+        """The sum over the steps of rows of all steps, weighted where they are not yet."""
+        op = line.op
+        steps = _widen(op, unstack_rows(op, stacked, line.times, like))
+        if weights is not None:
+            steps = op.Mul(steps, _along_steps(op, op.cast_like(weights, steps), rank(like)))
+        total = op.ReduceSum(steps, [0], keepdims=0)
+        total.shape = like.shape
+        return total
 
     # ---- baselines, and the ends of the line --------------------------------------------------
 
@@ -497,16 +521,7 @@ class IntegratedGradients(PathAttribution):
         return self._call(locals())
 
     def _emit(self, line: _Line, seeds: ir.Value, weights: ir.Value | None) -> list[ir.Value]:
-        op = line.op
-        sources = dict(zip(line.layers, line.sources, strict=True))
-        found = []
-        for point, grad in zip(
-            line.points, self._summed(line, line.of, seeds, sources, weights), strict=True
-        ):
-            total = _widen(op, grad)
-            found.append(op.Mul(total, point.delta) if self.multiplies_by_inputs else total)
-            found[-1].shape = point.value.shape
-        return found
+        return self._products(line, line.of, seeds, weights)
 
     def _checks(
         self, question: Question, result: Any, baselines: Any = None, **_: Any
@@ -607,11 +622,11 @@ class InternalInfluence(PathAttribution):
         return self._call(locals())
 
     def _emit(self, line: _Line, seeds: ir.Value, weights: ir.Value | None) -> list[ir.Value]:
-        sources = dict(zip(line.layers, line.sources, strict=True))
-        found = self._summed(line, line.of, seeds, sources, weights)
-        for grad, value in zip(found, line.sources, strict=True):
-            grad.shape = value.shape
-        return found
+        grads = backward(line.op, {line.of: seeds}, line.layers, opset=self.model.opset)
+        return [
+            self._over_steps(line, grad, value, weights)
+            for grad, value in zip(grads, line.sources, strict=True)
+        ]
 
 
 class LayerConductance(PathAttribution):
@@ -784,20 +799,13 @@ class NeuronConductance(PathAttribution):
         return list(question.between)
 
     def _emit(self, line: _Line, seeds: ir.Value, weights: ir.Value | None) -> list[ir.Value]:
-        op, neuron = line.op, line.layers[-1]
+        neuron = line.layers[-1]
+        op = line.op
         mask = new_input(op.graph, self._fed("neuron"), neuron, [1, *dims(neuron)[1:]])
         (slope,) = backward(op, {line.of: seeds}, [neuron], opset=self.model.opset)
         through = op.Mul(slope, mask)
         through.shape = neuron.shape
-        sources = {p.rows: p.value for p in line.points}
-        found = []
-        for point, grad in zip(
-            line.points, self._summed(line, neuron, through, sources, weights), strict=True
-        ):
-            total = _widen(op, grad)
-            found.append(op.Mul(total, point.delta) if self.multiplies_by_inputs else total)
-            found[-1].shape = point.value.shape
-        return found
+        return self._products(line, neuron, through, weights)
 
 
 def gap(total: np.ndarray, explained: np.ndarray) -> dict[str, np.ndarray]:
@@ -820,6 +828,13 @@ def _read(program: Program, feeds: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _END = np.iinfo(np.int64).max
+
+
+def _leaf(op: Emitter, value: ir.Value) -> ir.Value:
+    """The same value, cut off from what it was computed from."""
+    leaf: ir.Value = op.Identity(value)
+    leaf.shape = value.shape
+    return leaf
 
 
 def _wide(value: ir.Value) -> ir.DataType:
