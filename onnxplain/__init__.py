@@ -22,6 +22,7 @@ from onnxplain.methods import __all__ as _methods
 from onnxplain.methods import registry as methods
 from onnxplain.model import Model, differentiate
 from onnxplain.result import Display, Explanation, load_explanation
+from onnxplain.rules import lrp
 
 __version__ = _version.VERSION
 
@@ -45,6 +46,7 @@ __all__ = [
     "differentiate",
     "explain",
     "load_explanation",
+    "lrp",
     "methods",
 ]
 __all__ += _methods

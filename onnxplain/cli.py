@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from fractions import Fraction
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -465,7 +464,7 @@ def explain(
     are explained together. NAME=INPUT is for the model's input of that name. Inputs that no
     gradient reaches, such as a mask, are fed and not explained.
     """
-    info = _method(method)
+    info = _method(method).around({k: v for k, _, v in (o.partition("=") for o in options)})
     chosen = _method_options(options, info)
     if baseline is not None and not info.takes_baselines:
         raise click.UsageError(f"--baseline: method {info.name!r} has none")
@@ -562,9 +561,7 @@ _TYPES: dict[str, tuple[type, str]] = {
 
 def _option_types(info: Any, key: str) -> list[str]:
     """The names of the types that an option takes; empty: any."""
-    made, call = signature(info.cls.__init__).parameters, signature(info.cls.attribute).parameters
-    annotation = str((call.get(key) or made[key]).annotation)
-    return re.findall(rf"\b({'|'.join(_TYPES)})\b", annotation)
+    return re.findall(rf"\b({'|'.join(_TYPES)})\b", info.annotations[key])
 
 
 def _option_value(key: str, text: str, types: Sequence[str]) -> Any:

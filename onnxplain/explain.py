@@ -75,8 +75,8 @@ def explain(
     methods = registry()
     if method not in methods:
         raise InputError(f"there is no method '{method}'; the methods are {', '.join(methods)}")
-    info = methods[method]
     options = {**(method_options or {}), **options}
+    info = methods[method].around(options)
     _check_options(info, options, baselines)
     feeds = model.feeds(inputs, additional_forward_args)
     if not feeds.count or not feeds.explained:

@@ -204,10 +204,10 @@ def check(case: Case, rules: Rules = VJP) -> None:
 
 def _depends(model: ir.Model, of: str, wrt: str) -> bool:
     """Whether a differentiable path joins two values (a linear rule has no second derivative)."""
-    from onnxplain.graph.grad import _Active
+    from onnxplain.graph.grad import Active
 
     index = value_index(model.graph)
-    active = _Active(model.graph, [index[of]], [index[wrt]], VJP)
+    active = Active(model.graph, [index[of]], [index[wrt]], VJP)
     return index[of] in active.values
 
 

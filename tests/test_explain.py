@@ -34,7 +34,8 @@ def test_every_method_explains(net: ox.Model, name: str) -> None:
     info = ox.methods()[name]
     layer = "h" if "layer" in info.needs else None
     neuron = 2 if "neuron" in info.needs else None
-    explanation = ox.explain(net, X, method=name, layer=layer, neuron=neuron)
+    baselines = X[::-1] if name.endswith("-shap") else None  # these need a distribution
+    explanation = ox.explain(net, X, name, layer=layer, neuron=neuron, baselines=baselines)
     assert explanation.attributions.shape == (5, 4)
     assert explanation.method == name
     assert info.summary

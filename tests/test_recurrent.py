@@ -13,7 +13,7 @@ import onnxplain as ox
 from onnxplain.errors import NoRuleError
 from onnxplain.graph import functions
 from tests.evaluate import evaluate
-from tests.helpers import HEAD, model
+from tests.helpers import HEAD, model, proto
 from tests.projection import Case, load, make_model, project
 
 rng = np.random.default_rng(0)
@@ -184,6 +184,26 @@ def test_methods_explain_a_recurrent_model() -> None:
     np.testing.assert_allclose(delta, 0, atol=1e-3)
     alone = ox.IntegratedGradients(net).attribute(x[2:3], target=1, n_steps=60)
     np.testing.assert_allclose(attributions[2:3], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_upon_layers() -> None:
+    two = (
+        HEAD
+        + """two (float[3,N,4] x) => (float[1,N,5] y) {
+        one = Constant<value_ints=[1]>()
+        all = LSTM<hidden_size=5>(x, w, r, b)
+        flat = Squeeze(all, one)
+        again, y = GRU<hidden_size=5>(flat, gw, gr)
+    }"""
+    )
+    more = {"gw": (1, 15, 5), "gr": (1, 15, 5)}
+    added = {k: rng.standard_normal(v).astype(np.float32) for k, v in more.items()}
+    graph = load(proto(two, **{k: WEIGHTS[k] for k in "wrb"}, **added))
+    feeds = {"x": rng.standard_normal((3, 2, 4)).astype(np.float32)}
+    want = evaluate(graph, feeds)["y"]
+    for node in [n for n in graph.graph if n.op_type in ("LSTM", "GRU")]:
+        assert functions.expand(graph.graph, node)
+    np.testing.assert_allclose(evaluate(graph, feeds)["y"], want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,21 @@ class Emitter:
         out.shape = value.shape
         return out
 
+    def pad(
+        self,
+        value: ir.Value,
+        count: int,
+        ends: Mapping[int, tuple[int | ir.Value, int | ir.Value]],
+        fill: float | None = None,
+    ) -> ir.Value:
+        """``value`` (of ``count`` axes) with so many more before and behind along some axes.
+
+        Not by Pad's own list of axes: onnxruntime's optimizer breaks a Transpose next to one.
+        """
+        amounts = (ends.get(axis, (0, 0))[side] for side in (0, 1) for axis in range(count))
+        padded: ir.Value = self.Pad(value, self.vector(*amounts), fill)
+        return padded
+
     def full_like(self, value: ir.Value, fill: float) -> ir.Value:
         """A tensor of ``value``'s shape and dtype with one number everywhere."""
         assert value.dtype is not None

@@ -58,6 +58,8 @@ def expand(graph: ir.Graph, node: ir.Node) -> bool:
     op = Emitter(graph, f"{node.op_type}_body")
     for value in list(_values(inner.graph)):
         value.name = op.name(value.name) if value.name else ""
+    for part in inner.graph.all_nodes():
+        part.name = op.name(part.op_type)
     formals, results = list(inner.graph.inputs), list(inner.graph.outputs)
     inner.graph.outputs.clear()
     inner.graph.inputs.clear()

@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from onnxplain.errors import InputError
 from onnxplain.methods.base import Attribution, Layers
+from onnxplain.methods.cam import (
+    EigenCAM,
+    EigenGradCAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    GuidedGradCam,
+    HiResCAM,
+    LayerCAM,
+    LayerGradCam,
+    XGradCAM,
+)
+from onnxplain.methods.deeplift import (
+    DeepLift,
+    DeepLiftShap,
+    LayerDeepLift,
+    LayerDeepLiftShap,
+    NeuronDeepLift,
+    NeuronDeepLiftShap,
+)
+from onnxplain.methods.excitation import (
+    ContrastiveExcitationBackprop,
+    ExcitationBackprop,
+)
+from onnxplain.methods.fullgrad import (
+    FullGrad,
+)
 from onnxplain.methods.gradient import (
     InputXGradient,
     LayerActivation,
@@ -16,12 +42,30 @@ from onnxplain.methods.gradient import (
     NeuronGradient,
     Saliency,
 )
+from onnxplain.methods.interpolate import (
+    LayerAttribution,
+)
+from onnxplain.methods.lrp import (
+    LRP,
+    LayerLRP,
+)
+from onnxplain.methods.maps import (
+    DeconvolutionMap,
+    GradCAMMap,
+    GradientMap,
+    GradientTimesImage,
+    GuidedBackpropMap,
+    LayerActivationGuidedBackprop,
+    LinearApproximation,
+    VanillaBackprop,
+)
 from onnxplain.methods.modified import (
     Deconvolution,
     GuidedBackprop,
     NeuronDeconvolution,
     NeuronGuidedBackprop,
 )
+from onnxplain.methods.noise import NoiseTunnel
 from onnxplain.methods.path import (
     IntegratedGradients,
     InternalInfluence,
@@ -30,44 +74,114 @@ from onnxplain.methods.path import (
     NeuronConductance,
     NeuronIntegratedGradients,
 )
+from onnxplain.methods.shap import GradientShap, LayerGradientShap, NeuronGradientShap
 from onnxplain.model import Model
 
 __all__ = [
+    "LRP",
     "Attribution",
+    "ContrastiveExcitationBackprop",
     "Deconvolution",
+    "DeconvolutionMap",
+    "DeepLift",
+    "DeepLiftShap",
+    "EigenCAM",
+    "EigenGradCAM",
+    "ExcitationBackprop",
+    "FullGrad",
+    "GradCAM",
+    "GradCAMMap",
+    "GradCAMPlusPlus",
+    "GradientMap",
+    "GradientShap",
+    "GradientTimesImage",
     "GuidedBackprop",
+    "GuidedBackpropMap",
+    "GuidedGradCam",
+    "HiResCAM",
     "InputXGradient",
     "IntegratedGradients",
     "InternalInfluence",
     "LayerActivation",
+    "LayerActivationGuidedBackprop",
+    "LayerAttribution",
+    "LayerCAM",
     "LayerConductance",
+    "LayerDeepLift",
+    "LayerDeepLiftShap",
+    "LayerGradCam",
+    "LayerGradientShap",
     "LayerGradientXActivation",
     "LayerIntegratedGradients",
+    "LayerLRP",
+    "LinearApproximation",
     "MethodInfo",
     "NeuronConductance",
     "NeuronDeconvolution",
+    "NeuronDeepLift",
+    "NeuronDeepLiftShap",
     "NeuronGradient",
+    "NeuronGradientShap",
     "NeuronGuidedBackprop",
     "NeuronIntegratedGradients",
+    "NoiseTunnel",
     "Saliency",
+    "VanillaBackprop",
+    "XGradCAM",
 ]
 
 METHODS: tuple[type[Attribution], ...] = (
+    # by inputs
     Saliency,
     InputXGradient,
     IntegratedGradients,
+    GradientShap,
+    DeepLift,
+    DeepLiftShap,
+    LRP,
+    GuidedBackprop,
+    Deconvolution,
+    GuidedGradCam,
+    NoiseTunnel,
+    # by a layer
     LayerActivation,
     LayerGradientXActivation,
     LayerIntegratedGradients,
+    LayerConductance,
+    InternalInfluence,
+    LayerGradientShap,
+    LayerDeepLift,
+    LayerDeepLiftShap,
+    LayerLRP,
+    LayerGradCam,
+    # of a neuron
     NeuronGradient,
     NeuronIntegratedGradients,
-    InternalInfluence,
-    LayerConductance,
     NeuronConductance,
-    GuidedBackprop,
-    Deconvolution,
+    NeuronGradientShap,
+    NeuronDeepLift,
+    NeuronDeepLiftShap,
     NeuronGuidedBackprop,
     NeuronDeconvolution,
+    # maps over an image
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    XGradCAM,
+    LayerCAM,
+    EigenCAM,
+    EigenGradCAM,
+    FullGrad,
+    ExcitationBackprop,
+    ContrastiveExcitationBackprop,
+    LinearApproximation,
+    GradientMap,
+    GradCAMMap,
+    GuidedBackpropMap,
+    DeconvolutionMap,
+    VanillaBackprop,
+    GradientTimesImage,
+    LayerActivationGuidedBackprop,
 )
 
 # Parameters that are part of the question, not options of a method.
@@ -100,6 +214,9 @@ class MethodInfo:
         check: what its check figure means.
         takes_target, takes_baselines, takes_layer: what else it can be asked with.
         made_with: the options that the constructor takes; the others are those of ``attribute``.
+        annotations: the type annotation of each option.
+        inside: what the method goes around (noise tunnel); the question and its own options are
+            those of this one.
     """
 
     name: str
@@ -115,6 +232,22 @@ class MethodInfo:
     takes_baselines: bool
     takes_layer: bool
     made_with: frozenset[str]
+    annotations: dict[str, str]
+    inside: MethodInfo | None = None
+
+    def around(self, options: Mapping[str, Any]) -> MethodInfo:
+        """The entry for such options: a noise tunnel goes around their ``attribution_method``.
+
+        Raises:
+            InputError: there is no such method, or it is the tunnel itself.
+        """
+        if self.inside is None:
+            return self
+        name, known = options.get("attribution_method", self.inside.name), registry()
+        if name not in known or name == self.name:
+            others = ", ".join(k for k in known if k != self.name)
+            raise InputError(f"attribution_method: no method '{name}' to go around; give {others}")
+        return _tunnel(known[name])
 
     def make(
         self,
@@ -126,6 +259,8 @@ class MethodInfo:
         wrt: Layers | None = None,
     ) -> Attribution:
         """The method for a question, with those of the options that its constructor takes."""
+        if self.inside is not None:
+            return NoiseTunnel(self.inside.make(model, options, layer=layer, of=of, wrt=wrt))
         asked = {"layer": layer, "of": of, "wrt": wrt}
         made: dict[str, Any] = {k: v for k, v in options.items() if k in self.made_with}
         made |= {k: v for k, v in asked.items() if v is not None}
@@ -139,19 +274,40 @@ class MethodInfo:
 
 def registry() -> dict[str, MethodInfo]:
     """Every method by name."""
-    return {cls.name: _info(cls) for cls in METHODS}
+    known = {cls.name: _info(cls) for cls in METHODS}
+    known[NoiseTunnel.name] = _tunnel(known[Saliency.name])
+    return known
+
+
+def _tunnel(inside: MethodInfo) -> MethodInfo:
+    """The noise tunnel around a method: asked as that one, with the options of both."""
+    own = _info(NoiseTunnel)
+    return replace(
+        inside,
+        name=own.name,
+        title=own.title,
+        cls=own.cls,
+        summary=own.summary,
+        options={"attribution_method": inside.name, **inside.options, **own.options},
+        paper=own.paper,
+        needs=tuple(dict.fromkeys((*inside.needs, *own.needs))),
+        check=own.check,
+        made_with=inside.made_with | {"attribution_method"},
+        annotations={**inside.annotations, **own.annotations, "attribution_method": "str"},
+        inside=inside,
+    )
 
 
 def _info(cls: type[Attribution]) -> MethodInfo:
     attribute: Any = cls.attribute  # type: ignore[attr-defined]
     call = inspect.signature(attribute).parameters
     made = inspect.signature(cls.__init__).parameters
-    options = {
-        name: p.default
-        for parameters in (made, call)
-        for name, p in parameters.items()
+    chosen = {
+        name: p
+        for name, p in {**made, **call}.items()
         if name not in _NO_OPTIONS and p.default is not p.empty
     }
+    options = {name: p.default for name, p in chosen.items()}
     summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
     return MethodInfo(
         name=cls.name,
@@ -167,4 +323,5 @@ def _info(cls: type[Attribution]) -> MethodInfo:
         takes_baselines="baselines" in call,
         takes_layer="layer" in made,
         made_with=frozenset(made) & frozenset(options),
+        annotations={name: str(p.annotation) for name, p in chosen.items()},
     )

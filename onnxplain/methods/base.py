@@ -66,6 +66,10 @@ class Question:
                 "or the baseline",
                 stacklevel=4,
             )
+        return self.in_form(arrays)
+
+    def in_form(self, arrays: Sequence[np.ndarray]) -> Any:
+        """One array per source in the form in which the sources were named."""
         if self.groups is None:
             found = {
                 v.name or "": np.moveaxis(array, 0, self.axes[v.name or ""] or 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,9 +11,9 @@ import onnx
 import onnx_ir as ir
 
 from onnxplain.errors import InputError, LayerError, NotDifferentiableError
-from onnxplain.graph.edit import new_input
+from onnxplain.graph.edit import BATCH, new_input
 from onnxplain.graph.emit import Emitter, dims, rank
-from onnxplain.graph.grad import backward, expand_functions
+from onnxplain.graph.grad import backward, check_path, expand_functions
 from onnxplain.graph.names import scopes
 from onnxplain.methods.base import Attribution, Layers, Question
 from onnxplain.methods.forms import layer_form
@@ -25,8 +24,8 @@ from onnxplain.rules.lrp import (
     PRESETS,
     Entry,
     Known,
-    PropagationRule,
     Propagation,
+    PropagationRule,
     Selector,
     preset,
 )
@@ -48,8 +47,8 @@ class LRP(Attribution):
             activations); the name of a preset (:func:`onnxplain.lrp.preset`); or a list of
             ``(selector, rule)`` of which the first that matches and fits a node wins. A selector is
             the name of a layer (all nodes of a scope), an operator type, "first" (the linear layers
-            that are reached first from what is explained), a predicate on the ``onnx_ir.Node``, or a
-            list of names.
+            that are reached first from what is explained), a predicate on the ``onnx_ir.Node``, or
+            a list of names.
         of, wrt: names of layers, see :class:`Attribution`.
 
     Raises:
@@ -78,16 +77,48 @@ class LRP(Attribution):
         if isinstance(rules, str):
             rules = preset(rules)
         self.rules: list[tuple[Selector, PropagationRule]] = _checked(rules)
-        self._entries = [e for s, rule in self.rules for e in self._resolved(s, rule)]
+        self._entries = [
+            self._entry(part, rule)
+            for selector, rule in self.rules
+            for part in (selector if isinstance(selector, list | tuple) else [selector])
+        ]
         nodes = list(model.graph.graph)
-        if self.rules and not any(_matches(e, n) for e in self._entries for n in nodes):
+        if self.rules and not any(
+            n.op_type in LINEAR if e.selects is None else e.selects(n)
+            for e in self._entries
+            for n in nodes
+        ):
             kinds = ", ".join(sorted({n.op_type for n in nodes}))
             raise LayerError(
                 "none of the rules is for a layer of this model; select by its operators "
                 f"({kinds}), by names from model.layers(), or by 'first'"
             )
 
+    def _entry(self, selector: Any, rule: PropagationRule) -> Entry:
+        """A rule with what its selector picks."""
+        if callable(selector):
+            return Entry(rule, selector)
+        if selector == "first":
+            return Entry(rule)
+        nodes = list(self.model.graph.graph)
+        if any(n.op_type == selector for n in nodes) or onnx.defs.has(selector):
+            return Entry(rule, lambda node: node.op_type == selector)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # all calls of a reused module are meant
+            values = self.model.resolve(selector)
+        named = {p.name for v in values if (p := v.producer()) is not None}
+        own = {v.name for v in values} | named
+        if selector not in own and "#" not in selector:
+            ends = ("/" + selector, "." + selector)
+            named |= {
+                n.name for n in nodes if any(s == selector or s.endswith(ends) for s in scopes(n))
+            }
+        if not named:
+            raise LayerError(f"'{selector}' is a model input: no layer has this name")
+        return Entry(rule, lambda node: node.name in named, selector)
+
     def has_convergence_delta(self) -> bool:
+        """True."""
         return True
 
     def attribute(
@@ -133,17 +164,116 @@ class LRP(Attribution):
         return np.ravel(output) - sum(a.reshape(len(a), -1).sum(1) for a in rows)
 
     def _attribute(self, question: Question, verbose: bool = False) -> Any:
-        return self._run(question, verbose)[0]
+        return question.answer(self._run(question, verbose)[:-1])
 
     def _with_delta(self, question: Question, verbose: bool = False) -> tuple[Any, Any]:
-        relevance, output = self._run(question, verbose)
-        if isinstance(relevance, list):
-            return relevance, [self._gap(question, r, output) for r in relevance]
-        return relevance, self._gap(question, relevance, output)
+        *relevance, output = self._run(question, verbose)
+        gaps = self._gaps(question, relevance, output)
+        return question.answer(relevance), gaps if question.form == "list" else gaps[0]
 
     def explain(self, **arguments: Any) -> tuple[Any, dict[str, np.ndarray]]:
-        question, options, _ = self._parse({**arguments, "return_convergence_delta": False})
-        relevance, delta = self._with_delta(question, **options)
-        if isinstance(delta, list):
-            delta = delta[int(np.argmax([np.abs(d).max(initial=0) for d in delta]))]
-        return relevance, {"convergence_delta": delta}
+        """The relevance, and how much of the explained value it misses: biases absorb some."""
+        question, options, _ = self._parse(arguments)
+        *relevance, output = self._run(question, **options)
+        gap = max(self._gaps(question, relevance, output), key=lambda g: float(np.abs(g).sum()))
+        absorbed = np.abs(gap) / np.maximum(np.abs(output), 1e-12)
+        return question.answer(relevance), {"convergence_delta": gap, "absorbed": absorbed}
+
+    def _gaps(
+        self, question: Question, relevance: Sequence[np.ndarray], output: np.ndarray
+    ) -> list[np.ndarray]:
+        """The convergence delta for each group of sources: all inputs, or each named layer."""
+        sums = []
+        for value, array in zip(question.wrt, relevance, strict=True):
+            axis = 0
+            if question.groups is not None and value.shape is not None and BATCH in dims(value):
+                axis = dims(value).index(BATCH)
+            rows = np.moveaxis(array, axis, 0).reshape(len(output), -1)
+            sums.append(rows.sum(axis=1, dtype=np.float64))
+        ends = np.cumsum(question.groups or [len(sums)])
+        return [output - sum(g) for g in np.split(np.stack(sums), ends[:-1])]
+
+    def _run(self, question: Question, verbose: bool = False) -> list[np.ndarray]:
+        """The relevance of each source, and the explained value of each example [N]."""
+        if verbose:
+            copy, (of, *wrt) = self.model.rewriting(question.of, *question.wrt, exact=False)
+            seed = new_input(copy.graph, self._fed("cotangent"), of, dims(of))
+            self._write(Emitter(copy.graph, "explain"), of, seed, wrt, _print)
+        key = ("lrp", *((s if isinstance(s, str) else _frozen(s), r.key) for s, r in self.rules))
+        return self._pass(question, (key, question.at_once), self._write, exact=False)
+
+    def _write(
+        self,
+        op: Emitter,
+        of: ir.Value,
+        seed: ir.Value,
+        wrt: Sequence[ir.Value],
+        log: Callable[[PropagationRule, ir.Node], None] | None = None,
+    ) -> list[ir.Value]:
+        known = Rules([Known(self._entries)])
+        active = expand_functions(op.graph, [of], wrt, known)
+        check_path(op.graph, [of], wrt, known)
+        table = Propagation(
+            "lrp",
+            chosen=self._entries,
+            nodes=active.nodes,
+            values=active.values,
+            fixed=[of, *wrt],
+            log=log,
+        )
+        relevance = op.Mul(of, seed)
+        relevance.shape = of.shape
+        try:
+            found = backward(op, {of: relevance}, wrt, Rules([table]), self.model.opset)
+        except NotDifferentiableError as error:
+            names = ", ".join(f"'{v.name}'" for v in wrt)
+            raise LayerError(
+                f"no relevance goes from '{of.name}' to {names} (or to one of them): on every way "
+                "there is a factor that LRP holds constant, such as attention weights, a gate or a "
+                "divisor. Choose a layer on the way of the signal, or "
+                "rules=[(('MatMul', 'Mul', 'Einsum'), ox.lrp.Uniform())]"
+            ) from error
+        per_example = not (rank(of) == 0 or isinstance(dims(of)[0], int))
+        score = op.ReduceSum(relevance, list(range(int(per_example), rank(of))) or None)
+        return [*found, op.Reshape(score, [-1])]
+
+
+def _print(rule: PropagationRule, node: ir.Node) -> None:
+    print(f"Applied {rule} on layer {node.name}")
+
+
+@layer_form
+class LayerLRP(LRP):
+    """Layer-wise relevance propagation down to a layer (or a list of layers).
+
+    ``return_convergence_delta`` gives one delta for each layer of a list.
+    """
+
+
+def _frozen(selector: Selector) -> Any:
+    return selector if callable(selector) else tuple(selector)
+
+
+def _checked(rules: Any) -> list[tuple[Selector, PropagationRule]]:
+    """Rules as a list of pairs."""
+    if rules is None:
+        return []
+    if not isinstance(rules, list | tuple):
+        raise InputError(
+            f"rules={rules!r}: give None, a preset ({', '.join(PRESETS)}), or a list of "
+            "(selector, rule)"
+        )
+    for pair in rules:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise InputError(f"rules hold pairs (selector, rule), not {pair!r}")
+        selector, rule = pair
+        if not isinstance(rule, PropagationRule):
+            hint = "; make one: Epsilon()" if isinstance(rule, type) else ""
+            raise InputError(f"{rule!r} is not a rule of onnxplain.lrp, such as Epsilon(){hint}")
+        parts = selector if isinstance(selector, list | tuple) else [selector]
+        if not parts or not (callable(selector) or all(isinstance(p, str) for p in parts)):
+            raise InputError(
+                f"selector {selector!r} is not a layer's name, an operator type, 'first', a list "
+                "of these, or a predicate on the node"
+            )
+    return [(selector, rule) for selector, rule in rules]

@@ -8,27 +8,43 @@ CNN visualization collections are the same gradients as pictures.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import InputError, LayerError
-from onnxplain.graph.emit import Emitter, dims
+from onnxplain.graph.emit import Emitter, dims, rank
 from onnxplain.graph.grad import backward
 from onnxplain.methods.base import Attribution, Layers, Question
 from onnxplain.methods.interpolate import emit_along, matrices, smoothing
 from onnxplain.methods.modified import ModifiedActivations
-from onnxplain.methods.spatial import Grid, Image, grid, image, layer_image, nearest
-from onnxplain.model import Model
-from onnxplain.rules import Rules, modified
-from onnxplain.rules.vjp import VJP
+from onnxplain.methods.spatial import (
+    Grid,
+    Image,
+    channel_axis,
+    grid,
+    image,
+    layer_image,
+    nearest,
+)
+from onnxplain.model import Model, single
+from onnxplain.rules import modified
 from onnxplain.run.feeds import Arrays
 
-Reduction = Callable[[Emitter, ir.Value, ir.Value, list[int]], ir.Value]
-"""A map [N, 1, *spatial] from values, what came back to them (both [N, C, *spatial]) and the
-spatial axes."""
+# Reductions make a map [N, 1, *spatial], or colors [N, C, *spatial], of values, of what came back
+# to them (both [N, C, *spatial]) and of the numbers of the spatial axes.
+
+
+def colors(op: Emitter, x: ir.Value, g: ir.Value, axes: list[int]) -> ir.Value:
+    """What came back."""
+    return g
+
+
+def products(op: Emitter, x: ir.Value, g: ir.Value, axes: list[int]) -> ir.Value:
+    """Values times what came back."""
+    return op.Mul(x, g)
 
 
 def largest(op: Emitter, x: ir.Value, g: ir.Value, axes: list[int]) -> ir.Value:
@@ -46,14 +62,24 @@ def positive_total(op: Emitter, x: ir.Value, g: ir.Value, axes: list[int]) -> ir
     return op.Relu(total(op, x, g, axes))
 
 
-def product(op: Emitter, x: ir.Value, g: ir.Value, axes: list[int]) -> ir.Value:
-    """Values times gradients, summed over channels."""
+def total_size(op: Emitter, x: ir.Value, g: ir.Value, axes: list[int]) -> ir.Value:
+    """The sum of sizes over channels."""
+    return total(op, x, op.Abs(g), axes)
+
+
+def total_product(op: Emitter, x: ir.Value, g: ir.Value, axes: list[int]) -> ir.Value:
+    """The sum of products over channels."""
     return total(op, x, op.Mul(x, g), axes)
+
+
+def total_product_size(op: Emitter, x: ir.Value, g: ir.Value, axes: list[int]) -> ir.Value:
+    """The sum of the sizes of products over channels."""
+    return total_size(op, x, op.Mul(x, g), axes)
 
 
 def by_mean_gradient(op: Emitter, x: ir.Value, g: ir.Value, axes: list[int]) -> ir.Value:
     """Values times each channel's mean gradient, summed over channels where that is positive."""
-    return op.Relu(product(op, x, op.ReduceMean(g, axes, keepdims=1), axes))
+    return op.Relu(total_product(op, x, op.ReduceMean(g, axes, keepdims=1), axes))
 
 
 class SaliencyMap(Attribution):
@@ -69,10 +95,11 @@ class SaliencyMap(Attribution):
         LayerError: unknown, or without spatial axes.
     """
 
-    needs = ("gradient", "image")
+    needs: ClassVar[tuple[str, ...]] = ("gradient", "image")
     explains = "layer"
-    rules: Rules = VJP
-    reduce: ClassVar[Reduction]
+    exact: ClassVar[bool] = True
+    """Whether the derivative itself is taken."""
+    reduce: ClassVar[Callable[..., ir.Value]]
 
     def __init__(
         self,
@@ -113,9 +140,19 @@ class SaliencyMap(Attribution):
         """
         return self._call(locals())
 
-    def _attribute(
-        self, question: Question, resize: bool | Sequence[int], resize_mode: str, smooth: float
-    ) -> Any:
+    def _attribute(self, question: Question, *args: Any, **options: Any) -> Any:
+        maps = self._maps(question, type(self).reduce, **options)
+        return question.answer(maps[: len(question.wrt)])
+
+    def _maps(
+        self,
+        question: Question,
+        reduce: Callable[..., ir.Value],
+        resize: bool | Sequence[int],
+        resize_mode: str,
+        smooth: float,
+    ) -> list[np.ndarray]:
+        """The map of each source in the layout of its image, and what :meth:`_figures` adds."""
         places = [self._place(question, value) for value in question.wrt]
         finishes = [_finish(*place, resize, resize_mode, smooth) for place in places]
 
@@ -126,17 +163,19 @@ class SaliencyMap(Attribution):
             backs = self._back(op, of, seed, wrt, *more)
             for value, back, (_, where), finish in zip(wrt, backs, places, finishes, strict=True):
                 axes = list(range(2, 2 + len(where.sizes)))
-                found = type(self).reduce(op, where.maps(op, value), where.maps(op, back), axes)
+                found = reduce(op, where.maps(op, value), where.maps(op, back), axes)
                 found = emit_along(op, found, finish)
+                channels = where.shape[0] if reduce in (colors, products) else 1
                 sizes = [len(matrix) for matrix in finish] or where.sizes
-                found.shape = ir.Shape([dims(value)[0], 1, *sizes])
+                found.shape = ir.Shape([dims(value)[0], channels, *sizes])
                 made.append(found)
-            return made
+            return [*made, *self._figures(op, backs)]
 
         more, key = self._more(question)
-        key = (self.name, key, *places, str(resize), resize_mode, smooth)
-        found = self._pass(question, key, write, exact=self.rules is VJP, more=more)
-        return question.answer([s.place(m) for m, (s, _) in zip(found, places, strict=True)])
+        key = (self.name, reduce, key, *places, str(resize), resize_mode, smooth)
+        found = self._pass(question, key, write, exact=self.exact, more=more)
+        made = [s.place(m) for m, (s, _) in zip(found, places, strict=False)]
+        return [*made, *found[len(made) :]]
 
     def _more(self, question: Question) -> tuple[Sequence[ir.Value], Hashable]:
         """Further values that :meth:`_back` needs, and what else the graph depends on."""
@@ -146,7 +185,11 @@ class SaliencyMap(Attribution):
         self, op: Emitter, of: ir.Value, seed: ir.Value, wrt: list[ir.Value], *more: ir.Value
     ) -> list[ir.Value]:
         """What comes back to each source."""
-        return backward(op, {of: seed}, wrt, self.rules, self.model.opset)
+        return backward(op, {of: seed}, wrt, opset=self.model.opset)
+
+    def _figures(self, op: Emitter, backs: Sequence[ir.Value]) -> list[ir.Value]:
+        """Further outputs, made of what comes back."""
+        return []
 
     def _place(self, question: Question, value: ir.Value) -> tuple[Image, Grid]:
         """The image that a map is laid over, and where a value has its channels and its space."""
@@ -207,7 +250,7 @@ class GradientMap(SaliencyMap):
 
 
 class LinearApproximation(SaliencyMap):
-    """A layer's values times the gradient, summed over channels (TorchRay's "linear approximation").
+    """A layer's values times the gradient, summed over channels (TorchRay's "linear_approx").
 
     Source: Kindermans et al., "Investigating the influence of noise and distractors on the
     interpretation of neural networks", 2016, arXiv:1611.07270. Unit: output.
@@ -217,7 +260,7 @@ class LinearApproximation(SaliencyMap):
     title = "Linear Approximation"
     paper = "Kindermans et al. 2016, arXiv:1611.07270"
     multiplies_by_inputs = True
-    reduce = staticmethod(product)
+    reduce = staticmethod(total_product)
 
 
 class GradCAMMap(SaliencyMap):
@@ -232,7 +275,22 @@ class GradCAMMap(SaliencyMap):
     reduce = staticmethod(by_mean_gradient)
 
 
-class _ModifiedMap(ModifiedActivations, SaliencyMap):
+class _ModifiedBackward(ModifiedActivations, SaliencyMap):
+    """The way back under another rule for activations."""
+
+    exact = False
+
+    def _more(self, question: Question) -> tuple[Sequence[ir.Value], Hashable]:
+        self._warn_if_plain(question)
+        return (), self.activations
+
+    def _back(
+        self, op: Emitter, of: ir.Value, seed: ir.Value, wrt: list[ir.Value], *more: ir.Value
+    ) -> list[ir.Value]:
+        return backward(op, {of: seed}, wrt, self.rules, self.model.opset)
+
+
+class _ModifiedMap(_ModifiedBackward):
     """The gradient map under another rule for activations."""
 
     reduce = staticmethod(largest)
@@ -248,10 +306,6 @@ class _ModifiedMap(ModifiedActivations, SaliencyMap):
     ) -> None:
         super().__init__(model, saliency_layer, of=of, wrt=wrt)
         self._modify(activations)
-
-    def _more(self, question: Question) -> tuple[Sequence[ir.Value], Hashable]:
-        self._warn_if_plain(question)
-        return (), self.activations
 
 
 class GuidedBackpropMap(_ModifiedMap):
@@ -276,3 +330,141 @@ class DeconvolutionMap(_ModifiedMap):
     title = "Deconvolution Map"
     paper = "Zeiler and Fergus 2013, arXiv:1311.2901"
     rule = staticmethod(modified.deconvolution)
+
+
+# ---- recipes of the CNN visualization collections ---------------------------------------------
+
+
+class Picture(SaliencyMap):
+    """What comes back to the image in its own colors, or as a grayscale picture."""
+
+    paper = "Simonyan et al. 2013, arXiv:1312.6034"
+    explains = "inputs"
+    shows: ClassVar[tuple[Callable[..., ir.Value], Callable[..., ir.Value]]]
+
+    def attribute(  # type: ignore[override]
+        self,
+        inputs: Arrays,
+        target: Any = None,
+        grayscale: bool = False,
+        additional_forward_args: Arrays = None,
+    ) -> Any:
+        """Explain examples.
+
+        Args:
+            inputs, target, additional_forward_args: as :meth:`Saliency.attribute`.
+            grayscale: sum the sizes over channels and scale them to 0..1, from the least to the
+                99th percentile of the example.
+
+        Returns:
+            An array of the image's shape; grayscale with one channel.
+
+        Raises:
+            LayerError: an input without spatial axes.
+            The errors of :meth:`Saliency.attribute`.
+        """
+        return self._call(locals())
+
+    def _attribute(self, question: Question, *args: Any, **options: Any) -> Any:
+        gray = options["grayscale"]
+        found = self._maps(question, self.shows[gray], False, "bilinear", 0.0)
+        return question.answer([_brightness(m) for m in found] if gray else found)
+
+
+def _brightness(maps: np.ndarray) -> np.ndarray:
+    """Each example from its least value (0) to its 99th percentile (1); one that is flat is 0."""
+    axes = tuple(range(1, maps.ndim))
+    maps = maps - maps.min(axis=axes, keepdims=True)
+    top = np.percentile(maps, 99, axis=axes, keepdims=True)
+    return np.clip(np.divide(maps, top, out=np.zeros_like(maps), where=top > 0), 0, 1)
+
+
+class VanillaBackprop(Picture):
+    """The gradient by the image, as a picture.
+
+    Source: Simonyan et al., 2013, arXiv:1312.6034, section 3; as a recipe in pytorch-cnn-
+    visualizations. Unit: output per unit of the image.
+    """
+
+    name = "vanilla-backprop"
+    title = "Vanilla Backprop"
+    shows = (colors, total_size)
+
+
+class GradientTimesImage(Picture):
+    """The gradient by the image times the image, as a picture.
+
+    Source: Shrikumar et al., "Not Just a Black Box", 2016, arXiv:1605.01713; as a recipe in
+    pytorch-cnn-visualizations. Unit: output.
+    """
+
+    name = "gradient-times-image"
+    title = "Gradient Times Image"
+    paper = "Shrikumar et al. 2016, arXiv:1605.01713"
+    multiplies_by_inputs = True
+    shows = (products, total_product_size)
+
+
+class LayerActivationGuidedBackprop(_ModifiedBackward, Picture):
+    """What in the image drives a filter of a layer, by guided backpropagation, as a picture.
+
+    The sum of the filter's sizes over all places is explained.
+
+    Args:
+        model: the model.
+        layer: name of the filter's layer.
+        activations: as in :class:`GuidedBackprop`.
+
+    Source: Springenberg et al., 2014, arXiv:1412.6806, section 3.4; as a recipe in pytorch-cnn-
+    visualizations. Unit: the layer's per unit of the image.
+    """
+
+    name = "layer-activation-guided-backprop"
+    title = "Layer Activation with Guided Backprop"
+    paper = "Springenberg et al. 2014, arXiv:1412.6806"
+    needs = ("gradient", "layer", "neuron", "image")
+    rule = staticmethod(modified.guided)
+    shows = (colors, total_size)
+
+    def __init__(self, model: Model, layer: str, activations: str | Sequence[str] = "relu") -> None:
+        super().__init__(model, of=layer)
+        self._modify(activations)
+
+    def attribute(  # type: ignore[override]
+        self,
+        inputs: Arrays,
+        neuron_selector: Any,
+        grayscale: bool = False,
+        additional_forward_args: Arrays = None,
+    ) -> Any:
+        """Explain a filter.
+
+        Args:
+            inputs, additional_forward_args: as :meth:`Saliency.attribute`.
+            neuron_selector: the filter's number; or a tuple of ints and slices, without the
+                examples axis, for some of its places.
+            grayscale: as :meth:`VanillaBackprop.attribute`.
+
+        Returns:
+            An array of the image's shape; grayscale with one channel.
+
+        Raises:
+            NeuronError: the selector doesn't fit the layer's shape.
+            LayerError: an input without spatial axes.
+        """
+        return self._call(locals())
+
+    def _parse(self, arguments: Mapping[str, Any]) -> Any:
+        chosen = arguments["neuron_selector"]
+        if isinstance(chosen, int | np.integer) and not isinstance(chosen, bool):
+            layer = single(self.model, self.of)
+            axis = (rank(layer) > 2 and channel_axis(layer)) or 1
+            chosen = tuple(chosen if a == axis else slice(None) for a in range(1, rank(layer)))
+        return super()._parse({**arguments, "neuron_selector": chosen})
+
+    def _back(
+        self, op: Emitter, of: ir.Value, seed: ir.Value, wrt: list[ir.Value], *more: ir.Value
+    ) -> list[ir.Value]:
+        towards = op.Mul(seed, op.Sign(of))
+        towards.shape = of.shape
+        return super()._back(op, of, towards, wrt, *more)

@@ -776,7 +776,8 @@ class NeuronConductance(PathAttribution):
     ) -> Any:
         """Explain what a neuron passes on to the target.
 
-        ``neuron_selector``: int, or tuple of ints and slices (summed), without the examples axis;
+        ``neuron_selector``: int, or tuple of ints and slices, without the examples axis; of several
+        neurons the conductances are summed (Captum multiplies the sums of both factors instead).
         ``attribute_to_neuron_input``: of what enters the layer. Other arguments and errors as
         :meth:`IntegratedGradients.attribute`.
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import InputError
-from onnxplain.graph.edit import BATCH, has_rows, new_input, twin
+from onnxplain.graph.edit import has_rows, new_input, twin
 from onnxplain.graph.emit import Emitter, dims, is_float, rank
 from onnxplain.graph.grad import backward, check_path
 from onnxplain.methods.base import Layers, Question
@@ -105,15 +105,15 @@ class GradientShap(PathAttribution):
         """
         return self._call(locals())
 
-    def _attribute(self, question: Question, *_: Any, **options: Any) -> Any:
+    def _attribute(self, question: Question, *args: Any, **options: Any) -> Any:
         return self._sampled(question, **options)[0]
 
-    def _with_delta(self, question: Question, *_: Any, **options: Any) -> tuple[Any, np.ndarray]:
+    def _with_delta(self, question: Question, *args: Any, **options: Any) -> tuple[Any, np.ndarray]:
         answer, _, deltas = self._sampled(question, with_delta=True, **options)
         return answer, deltas
 
     def _with_checks(
-        self, question: Question, *_: Any, **options: Any
+        self, question: Question, *args: Any, **options: Any
     ) -> tuple[Any, dict[str, np.ndarray]]:
         answer, moments, _ = self._sampled(question, **options)
         return answer, relative_error(moments)
@@ -144,22 +144,112 @@ class GradientShap(PathAttribution):
 
         def run(block: range) -> list[np.ndarray]:
             streams = [random(sample) for sample in block]
-            positions = np.repeat([r.random() for r in streams], feeds.count)
+            positions = np.asarray([r.random() for r in streams])
             starts = {
                 name: np.stack([array[r.integers(len(array))] for r in streams])
                 for name, array in drawn.items()
             }
-            starts = {name: array.repeat(feeds.count, 0) for name, array in starts.items()}
             ends = {
                 name: np.concatenate([noisy(feeds.arrays[name], s, r) for r in streams])
                 for name, s in scales.items()
             }
             rows = _repeated(question, len(block), ends)
+            starts = {name: array.repeat(feeds.count, 0) for name, array in starts.items()}
             fed = {self._fed(name, "baseline"): array for name, array in starts.items()}
-            fed[self._fed("positions")] = positions.astype(_working(inputs))
+            dtype = _wide(inputs[0]).numpy()
+            fed[self._fed("positions")] = positions.repeat(feeds.count).astype(dtype)
             key = ("gradient-shap", self.multiplies_by_inputs)
             arrays = self._pass(rows, key, self._write, fed, more=inputs)
             if with_delta:
-                moved = rows.in_place(arrays)
-                arrays.append(self._delta(rows, moved, starts))
+                arrays.append(_total(rows, rows.in_form(arrays)) - self._ends(rows, starts))
             return arrays
+
+        # Samples follow one another where nothing but the examples is counted along that axis.
+        several = not question.at_once and all(has_rows(v) for v in (*inputs, *question.wrt))
+        fed_bytes = 2 * sum(feeds.arrays[name].nbytes for name in feeds.explained)
+        moments = [Moments() for _ in question.wrt]
+        deltas = []
+        for arrays in in_blocks(samples, None if several else 1, fed_bytes, run, model):
+            deltas += arrays[len(moments) :]
+            for moment, array in zip(moments, arrays, strict=False):
+                moment.add(array)
+            dtypes = [array.dtype for array in arrays]
+        means = [m.mean.astype(d, copy=False) for m, d in zip(moments, dtypes, strict=False)]
+        return question.answer(means), moments, np.ravel(deltas, order="F")
+
+    def _write(
+        self,
+        op: Emitter,
+        of: ir.Value,
+        seed: ir.Value,
+        wrt: Sequence[ir.Value],
+        *inputs: ir.Value,
+    ) -> list[ir.Value]:
+        """A row: a noisy input, ``NAME.baseline`` of each, and its position between the two.
+
+        By a layer, the line lies in the inputs all the same, and what the gradient is multiplied by
+        is the difference of the layer's values at the ends.
+        """
+        check_path(
+            op.graph, [of], wrt
+        )  # the rewrite below would hide the names that the user knows
+        starts = {x: new_input(op.graph, self._fed(x.name, "baseline"), x, dims(x)) for x in inputs}
+        kind = ir.TensorType(_wide(inputs[0]))
+        positions = ir.Value(
+            name=self._fed("positions"), type=kind, shape=ir.Shape(dims(inputs[0])[:1])
+        )
+        op.graph.inputs.append(positions)
+        points = {}
+        for x, start in starts.items():
+            begin, end = _widen(op, start), _widen(op, x)
+            along = op.cast_like(op.Reshape(positions, [-1, *[1] * (rank(x) - 1)]), begin)
+            point = op.Add(begin, op.Mul(along, op.Sub(end, begin)))
+            points[x] = op.cast_like(point, x)
+            points[x].shape = x.shape
+        of, *values = twin(op, [of, *wrt], points)
+        grads = backward(op, {of: seed}, values, opset=self.model.opset)
+        if self.multiplies_by_inputs:
+            begins = twin(op, wrt, starts)
+            ways = [op.Sub(*ends) for ends in zip(wrt, begins, strict=True)]
+            grads = [op.Mul(*factors) for factors in zip(ways, grads, strict=True)]
+        for value, grad in zip(wrt, grads, strict=True):
+            grad.shape = value.shape
+        return grads
+
+
+@layer_form
+class LayerGradientShap(GradientShap):
+    """Expected gradients by a layer: its gradient at random points between inputs and baselines.
+
+    The random points lie between the inputs; the gradient of the layer there is multiplied by the
+    difference between the layer's values at the noisy input and at the baseline. Source as
+    :class:`GradientShap`.
+    """
+
+
+@neuron_form
+class NeuronGradientShap(GradientShap):
+    """Expected gradients of a neuron of a layer. Source as :class:`GradientShap`."""
+
+
+def _repeated(question: Question, times: int, inputs: Mapping[str, np.ndarray]) -> Question:
+    """The question about all examples several times over, with other explained inputs."""
+    feeds, seeds, indices = question.feeds, question.seeds, question.indices
+    arrays = {
+        name: inputs[name]
+        if name in inputs
+        else array
+        if question.axes[name] is None
+        else np.concatenate([array] * times)
+        for name, array in feeds.arrays.items()
+    }
+    if indices is not None:
+        assert question.of.dtype is not None
+        indices = np.tile(indices, (times, 1))
+        seeds = target_seeds(indices, question.shape, question.of.dtype.numpy())
+    return replace(
+        question,
+        feeds=replace(feeds, arrays=arrays, count=times * feeds.count),
+        seeds=seeds,
+        indices=indices,
+    )

@@ -4,21 +4,21 @@ A rule modifies the operands of a linear operator, runs it again, and hands the 
 output on in proportion to what each input contributed to it (Bach et al. 2015, PLoS ONE 10(7),
 e0130140; Montavon et al. 2019, "Layer-Wise Relevance Propagation: An Overview"). The rules have the
 meaning and the defaults of zennit (Anders et al. 2021, arXiv:2106.13200); those of Captum are among
-them, see :class:`Gamma` and :class:`ZPlus`.
+them, see :class:`Epsilon`, :class:`Gamma`, :class:`ZPlus` and :class:`Pass`.
 
 What happens where no rule was chosen is in ``DEFAULTS``, by operator:
 
 * linear layers, sums, means, average pooling, interpolation, running sums, normalizations: in
-  proportion to the contributions, :class:`Norm` with 1e-9 (Captum's default). What a bias or another
-  constant contributes is absorbed. Layer, RMS and instance normalization are linear, as their scale
-  is taken for a constant (Ali et al. 2022, arXiv:2202.07304, section 4);
-* functions of one variable (activations, softmax, products and quotients with constants, rounding of
-  quantized models): unchanged, :class:`Pass`; a softmax at the end hands the relevance of a
+  proportion to the contributions, with a stabilizer of 1e-9 (Captum's default). What a bias or
+  another constant contributes is absorbed. Layer, RMS and instance normalization are linear, as
+  their scale is taken for a constant (Ali et al. 2022, arXiv:2202.07304, section 4);
+* functions of one variable (activations, softmax, products and quotients with constants, rounding
+  of quantized models): unchanged, :class:`Pass`; a softmax at the end hands the relevance of a
   probability to its logit;
 * what moves values (reshapes, slices, gathers) and what selects them (maximum pooling, Where): to
   where the value came from, :class:`Move`;
-* products of two explained values: :class:`Signal`, attention weights and gates are constants (Ali et
-  al. 2022; Arras et al. 2017, arXiv:1706.07206); the divisor of a quotient is one too.
+* products of two explained values: :class:`Signal`, attention weights and gates are constants (Ali
+  et al. 2022; Arras et al. 2017, arXiv:1706.07206); the divisor of a quotient is one too.
 
 Any other operator is refused, unless its function body consists of these.
 """
@@ -112,7 +112,7 @@ class Term:
 class Share:
     """Terms whose signed sum is the denominator of what they hand on.
 
-    ``factor`` multiplies it; ``where`` ("Greater", "Less") limits it to outputs above or below zero.
+    ``factor`` multiplies it; ``where`` ("Greater", "Less") limits it to outputs above or below 0.
     """
 
     terms: tuple[Term, ...]
@@ -139,8 +139,8 @@ def redistribute(
     """Hand the relevance of an operator's output to its inputs: the one formula of all rules.
 
     ``sum over shares of factor * sum over terms of sign * x_k * vjp_k(r / z)`` with
-    ``z = sum over terms of sign * y_k``, where ``y_k`` is the operator run on the operands of term k
-    and ``vjp_k`` its vector-Jacobian product with the weights of term k.
+    ``z = sum over terms of sign * y_k``, where ``y_k`` is the operator run on the operands of term
+    k and ``vjp_k`` its vector-Jacobian product with the weights of term k.
 
     Args:
         op: writes nodes.
@@ -182,7 +182,7 @@ def redistribute(
 
 
 class _Run:
-    """One term of a call: its modified operands, its output, and the call that is differentiated."""
+    """One term of a call: its modified operands, its output, the call that is differentiated."""
 
     def __init__(
         self,
@@ -315,7 +315,7 @@ def _factors(node: ir.Node, explained: Sequence[int]) -> tuple[int, ...]:
 
 
 # How much of a gate a function is: a bounded or positive factor that scales the other one.
-_GATES = {op: 3 for op in "Softmax Sigmoid HardSigmoid Erf Exp Reciprocal".split()}
+_GATES = dict.fromkeys("Softmax Sigmoid HardSigmoid Erf Exp Reciprocal".split(), 3)
 _GATES |= {"Tanh": 2, "Clip": 1}
 _ARITHMETIC = frozenset("Add Sub Mul Div Neg Cast Identity Dropout Where".split())
 
@@ -351,17 +351,17 @@ def _gating(value: ir.Value, other: ir.Value, explained: Collection[ir.Value]) -
 class PropagationRule:
     """How the relevance of a layer's output becomes that of its input."""
 
-    def fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
+    def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
         """Whether the rule has a meaning for a node of which these inputs are explained."""
         raise NotImplementedError
 
-    def carries(
+    def _carries(
         self, node: ir.Node, explained: Sequence[int], values: Collection[ir.Value]
     ) -> Sequence[int]:
         """Of the explained inputs, those that get relevance; the others are constants."""
         return explained
 
-    def propagate(
+    def _propagate(
         self, op: Emitter, n: Call, r: Sequence[ir.Value], added: Added | None
     ) -> list[ir.Value | None]:
         """The relevance of each input from that of each output."""
@@ -392,18 +392,18 @@ class _Redistribution(PropagationRule):
                     f"{type(self).__name__}: {f.name}={value!r} is not a finite number >= 0"
                 )
 
-    def shares(self) -> tuple[Share, ...]:
+    def _shares(self) -> tuple[Share, ...]:
         raise NotImplementedError
 
-    def fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
+    def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
         return bool(weights(node, explained))
 
-    def propagate(
+    def _propagate(
         self, op: Emitter, n: Call, r: Sequence[ir.Value], added: Added | None
     ) -> list[ir.Value | None]:
         if n.node.op_type in _SCALED:
             return [_normalization(op, n, r[0], self.stabilizer)]
-        return redistribute(op, n, r[0], self.shares(), self.stabilizer, added)
+        return redistribute(op, n, r[0], self._shares(), self.stabilizer, added)
 
 
 @dataclass(frozen=True)
@@ -416,10 +416,10 @@ class Norm(_Redistribution):
 
     stabilizer: float = 1e-6
 
-    def fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
+    def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
         return VJP.find(node) is not None and len(_factors(node, explained)) < 2
 
-    def shares(self) -> tuple[Share, ...]:
+    def _shares(self) -> tuple[Share, ...]:
         return (Share((Term(),)),)
 
 
@@ -439,12 +439,13 @@ class Epsilon(_Redistribution):
 
     @property
     def stabilizer(self) -> float:  # type: ignore[override]
+        """``epsilon``, as the other rules call it."""
         return self.epsilon
 
-    def fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
-        return Norm().fits(node, explained)
+    def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
+        return Norm()._fits(node, explained)
 
-    def shares(self) -> tuple[Share, ...]:
+    def _shares(self) -> tuple[Share, ...]:
         return (Share((Term(bias=None if self.set_bias_to_zero else keep),)),)
 
 
@@ -467,15 +468,16 @@ class Gamma(_Redistribution):
     set_bias_to_zero: bool = False
     signed: bool = True
 
-    def shares(self) -> tuple[Share, ...]:
-        bias = not self.set_bias_to_zero
+    def _shares(self) -> tuple[Share, ...]:
         up, down = raised(self.gamma, positive), raised(self.gamma, negative)
         if not self.signed:
-            return (Share((Term(keep, up, keep if bias else None),)),)
-        return (
-            Share((Term(positive, up, up if bias else None), Term(negative, down, None)), 1, "Greater"),
-            Share((Term(positive, down, down if bias else None), Term(negative, up, None)), 1, "Less"),
-        )
+            return (Share((Term(keep, up, None if self.set_bias_to_zero else keep),)),)
+        found = []
+        for grows, shrinks, where in ((up, down, "Greater"), (down, up, "Less")):
+            bias = None if self.set_bias_to_zero else grows
+            terms = Term(positive, grows, bias), Term(negative, shrinks, None)
+            found.append(Share(terms, where=where))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -501,7 +503,7 @@ class AlphaBeta(_Redistribution):
                 "only where alpha - beta = 1"
             )
 
-    def shares(self) -> tuple[Share, ...]:
+    def _shares(self) -> tuple[Share, ...]:
         found = []
         for factor, helps, hinders in (
             (self.alpha, positive, negative),
@@ -530,9 +532,9 @@ class ZPlus(_Redistribution):
     set_bias_to_zero: bool = False
     signed: bool = True
 
-    def shares(self) -> tuple[Share, ...]:
+    def _shares(self) -> tuple[Share, ...]:
         if self.signed:
-            return AlphaBeta(1.0, 0.0, self.stabilizer, self.set_bias_to_zero).shares()
+            return AlphaBeta(1.0, 0.0, self.stabilizer, self.set_bias_to_zero)._shares()
         return (Share((Term(keep, positive, None if self.set_bias_to_zero else keep),)),)
 
 
@@ -579,7 +581,7 @@ class ZBox(_Redistribution):
         if not ordered:
             raise InputError("ZBox: low must not be above high (nor NaN)")
 
-    def shares(self) -> tuple[Share, ...]:
+    def _shares(self) -> tuple[Share, ...]:
         bias: list[Modifier | None] = [keep, positive, negative]
         if self.set_bias_to_zero:
             bias = [None] * 3
@@ -593,7 +595,7 @@ class ZBox(_Redistribution):
             ),
         )
 
-    def propagate(
+    def _propagate(
         self, op: Emitter, n: Call, r: Sequence[ir.Value], added: Added | None
     ) -> list[ir.Value | None]:
         x = next(v for i, v in enumerate(n.x) if n.needs(i))
@@ -607,13 +609,13 @@ class ZBox(_Redistribution):
                     f"ZBox: {name} has shape {bound.shape}, which does not broadcast against what "
                     f"enters {n.node.op_type} '{n.node.name}': {shown}"
                 )
-        return super().propagate(op, n, r, added)
+        return super()._propagate(op, n, r, added)
 
 
 @dataclass(frozen=True)
 class WSquare(_Redistribution):
-    """In proportion to the squared weights, for a first layer with unbounded inputs (Montavon et al.
-    2017, arXiv:1512.02479).
+    """In proportion to the squared weights, for a first layer with unbounded inputs (Montavon et
+    al. 2017, arXiv:1512.02479).
 
     Args:
         stabilizer: added to the denominator.
@@ -623,7 +625,7 @@ class WSquare(_Redistribution):
     stabilizer: float = 1e-6
     set_bias_to_zero: bool = False
 
-    def shares(self) -> tuple[Share, ...]:
+    def _shares(self) -> tuple[Share, ...]:
         return (Share((Term(ones, square, None if self.set_bias_to_zero else square),)),)
 
 
@@ -637,10 +639,10 @@ class Flat(_Redistribution):
 
     stabilizer: float = 1e-6
 
-    def fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
-        return super().fits(node, explained) or node.op_type in _AVERAGES
+    def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
+        return super()._fits(node, explained) or node.op_type in _AVERAGES
 
-    def shares(self) -> tuple[Share, ...]:
+    def _shares(self) -> tuple[Share, ...]:
         return (Share((Term(ones, ones, None),)),)
 
 
@@ -649,10 +651,10 @@ class Pass(PropagationRule):
     """Unchanged, for layers with one explained input of the output's shape (activations, batch
     normalization); Captum's ``IdentityRule``."""
 
-    def fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
+    def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
         return len(explained) == 1
 
-    def propagate(
+    def _propagate(
         self, op: Emitter, n: Call, r: Sequence[ir.Value], added: Added | None
     ) -> list[ir.Value | None]:
         found: list[ir.Value | None] = [None] * len(n.x)
@@ -675,10 +677,10 @@ class Pass(PropagationRule):
 class Move(PropagationRule):
     """To where a value came from: for operators that move or select values."""
 
-    def fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
+    def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
         return True
 
-    def propagate(
+    def _propagate(
         self, op: Emitter, n: Call, r: Sequence[ir.Value], added: Added | None
     ) -> list[ir.Value | None]:
         return VJP.gradient(op, n, *r)
@@ -700,10 +702,10 @@ class Signal(PropagationRule):
 
     stabilizer: float = 1e-9
 
-    def fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
+    def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
         return node.op_type in _PRODUCTS
 
-    def carries(
+    def _carries(
         self, node: ir.Node, explained: Sequence[int], values: Collection[ir.Value]
     ) -> Sequence[int]:
         factors = _factors(node, explained)
@@ -723,20 +725,20 @@ class Signal(PropagationRule):
         gate = max(factors, key=lambda i: ranks[i])
         return [i for i in explained if i != gate]
 
-    def propagate(
+    def _propagate(
         self, op: Emitter, n: Call, r: Sequence[ir.Value], added: Added | None
     ) -> list[ir.Value | None]:
         explained = [i for i in range(len(n.x)) if n.needs(i)]
         if len(_factors(n.node, explained)) > 1:
-            return Uniform(self.stabilizer).propagate(op, n, r, added)
+            return Uniform(self.stabilizer)._propagate(op, n, r, added)
         rule = Pass() if n.node.op_type in ("Mul", "Div", "Pow") else Norm(self.stabilizer)
-        return rule.propagate(op, n, r, added)
+        return rule._propagate(op, n, r, added)
 
 
 @dataclass(frozen=True)
 class Uniform(PropagationRule):
-    """The factors of a product share alike (AttnLRP: Achtibat et al. 2024, arXiv:2402.05602, section
-    3.3.2).
+    """The factors of a product share alike (AttnLRP: Achtibat et al. 2024, arXiv:2402.05602,
+    section 3.3.2).
 
     Args:
         stabilizer: added to the denominator with its sign.
@@ -744,10 +746,10 @@ class Uniform(PropagationRule):
 
     stabilizer: float = 1e-9
 
-    def fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
+    def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
         return node.op_type in _PRODUCTS and node.op_type not in ("Div", "Pow")
 
-    def propagate(
+    def _propagate(
         self, op: Emitter, n: Call, r: Sequence[ir.Value], added: Added | None
     ) -> list[ir.Value | None]:
         factors = [i for i in range(len(n.x)) if n.needs(i)]
@@ -799,6 +801,8 @@ DEFAULTS: Mapping[str, PropagationRule] = {
 def _default(node: ir.Node, explained: Sequence[int]) -> PropagationRule | None:
     if node.domain:
         return None
+    if node.op_type in _PRODUCTS and len(_factors(node, explained)) < 2:
+        return Epsilon(1e-9) if node.op_type in LINEAR else Pass()
     if node.op_type in ("Max", "Min") and len(explained) == 1:
         return Pass()  # an activation: Max(x, 0)
     if node.op_type in ("ScatterND", "ScatterElements"):
@@ -839,8 +843,9 @@ def preset(
     Args:
         name: "epsilon" (Epsilon everywhere); "epsilon-plus" (ZPlus for convolutions, Epsilon for
             dense layers), "epsilon-alpha2-beta1" (AlphaBeta(2, 1) for convolutions), each with
-            "-flat" (Flat for the first layers); "epsilon-gamma-box" (ZBox for the first layers, Gamma
-            for convolutions, Epsilon for dense layers); "excitation-backprop" (ZPlus everywhere).
+            "-flat" (Flat for the first layers); "epsilon-gamma-box" (ZBox for the first layers,
+            Gamma for convolutions, Epsilon for dense layers); "excitation-backprop" (ZPlus
+            everywhere).
             Sums and averages get Norm, batch normalization that follows no linear layer gets Pass.
         epsilon, gamma: of Epsilon and Gamma.
         stabilizer: of the other rules.
@@ -951,7 +956,7 @@ class Propagation(RuleTable):
     def find(self, node: ir.Node) -> Rule | None:
         explained = self._explained(node)
         rule: PropagationRule | None = next(
-            (e.rule for e in self.chosen if self._picks(e, node) and e.rule.fits(node, explained)),
+            (e.rule for e in self.chosen if self._picks(e, node) and e.rule._fits(node, explained)),
             _default(node, explained),
         )
         if node in self._biases:
@@ -966,9 +971,9 @@ class Propagation(RuleTable):
             if r[0].dtype in _HALF:
                 n = n.on([_single(op, v) for v in n.x], [_single(op, v) for v in n.y])
                 r = tuple(_single(op, v) for v in r)
-            return chosen.propagate(op, n, r, self._added.get(node))
+            return chosen._propagate(op, n, r, self._added.get(node))
 
-        carried = tuple(rule.carries(node, explained, self.values))
+        carried = tuple(rule._carries(node, explained, self.values))
         return Rule(function, quantizes=node.op_type in QUANTIZERS, operands=carried)
 
     def _picks(self, entry: Entry, node: ir.Node) -> bool:
@@ -999,12 +1004,12 @@ class Propagation(RuleTable):
         picked = [n for n in self.nodes if self._picks(entry, n) and n not in self._biases]
         if entry.layer is None or not picked:
             return
-        if not any(entry.rule.fits(n, self._explained(n)) for n in picked):
+        if not any(entry.rule._fits(n, self._explained(n)) for n in picked):
             kinds = ", ".join(sorted({n.op_type for n in picked}))
             raise InputError(
                 f"{entry.rule} was chosen for layer '{entry.layer}', which has no operator it fits "
-                f"({kinds}): Epsilon and Norm are for whatever has a derivative, Pass for one input "
-                "and an output of its shape, Uniform for products, the others for linear layers "
+                f"({kinds}): Epsilon and Norm are for whatever has a derivative, Pass for one "
+                "input and an output of its shape, Uniform for products, others for linear layers "
                 f"({', '.join(LINEAR)})"
             )
 

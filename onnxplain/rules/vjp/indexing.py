@@ -43,12 +43,12 @@ def put(
             after = size - last if isinstance(size, int) else op.Sub(size, [last])
             if first == 0 and isinstance(after, int) and after == 0:
                 return g
-            return op.Pad(g, op.vector(first, after), None, [axis])
+            return op.pad(g, len(sizes), {axis: (first, after)})
         if positions.ndim == 1 and isinstance(size, int) and np.unique(positions).size == count:
             inverse = np.full(size, count, np.int64)
             inverse[positions] = np.arange(count)
             if count < size:
-                g = op.Pad(g, [0, 1], None, [axis])
+                g = op.pad(g, len(sizes), {axis: (0, 1)})
             return op.Gather(g, op.const(inverse), axis=axis)
         positions = op.const(positions.astype(np.int64))
     others = [k for k in range(len(sizes)) if k != axis]

@@ -105,10 +105,10 @@ class _Lane:
             shift = [-ahead, ahead + after[axis] - steps]
             share = g
             if tap < self.kernel - 1:  # what no earlier position took is left to the last
-                value = _shifted(op, phases[phase], shift, axis, np.nan)
+                value = _shifted(op, phases[phase], 1 + len(before), shift, axis, np.nan)
                 share = op.Mul(g, op.cast_like(op.Equal(value, y), g))
                 g = op.Sub(g, share)
-            share = _shifted(op, share, [-s for s in shift], axis, 0.0)
+            share = _shifted(op, share, 1 + len(before), [-s for s in shift], axis, 0.0)
             found[phase] = op.Add(found[phase], share) if phase in found else share
         shape = [*before[:axis], steps, *before[axis + 1 :]]
         if len(found) < self.stride:  # positions that no window reads
@@ -118,8 +118,10 @@ class _Lane:
         return interleave(op, parts, axis, shape, before[axis])
 
 
-def _shifted(op: Emitter, x: ir.Value, pads: list[int], axis: int, fill: float) -> ir.Value:
-    return op.Pad(x, pads, fill, [axis + 1]) if any(pads) else x
+def _shifted(
+    op: Emitter, x: ir.Value, count: int, pads: list[int], axis: int, fill: float
+) -> ir.Value:
+    return op.pad(x, count, {axis + 1: (pads[0], pads[1])}, fill) if any(pads) else x
 
 
 def _to_indices(op: Emitter, n: Call, g: ir.Value) -> ir.Value:

@@ -96,7 +96,7 @@ def pad(op: Emitter, n: Call, g: Any) -> Any:
     axes = _axes(n)
     known = n.const(1)
     if n.attr("mode") == "constant":
-        inner = _crop(op, g, pads if known is None else known, axes)
+        inner = _crop(op, g, pads if known is None else known, axes, rank(x))
         return (
             inner,
             None,
@@ -115,18 +115,22 @@ def pad(op: Emitter, n: Call, g: Any) -> Any:
     return g
 
 
-def _crop(op: Emitter, g: Any, pads: Positions, axes: list[int]) -> Any:
+def _crop(op: Emitter, g: Any, pads: Positions, axes: list[int], of: int) -> Any:
     """Take off what a constant Pad added, and fill with zeros what it cropped."""
     count = len(axes)
     if isinstance(pads, ir.Value):
         added = op.Max(pads, np.int64(0))
         low, high = op.Slice(added, [0], [count]), op.Slice(added, [count], [2 * count])
         g = op.Slice(g, low, op.Sub(op.Gather(op.Shape(g), axes), high), axes)
-        return op.Pad(g, op.Max(op.Neg(pads), np.int64(0)), None, axes)
+        cropped = op.Max(op.Neg(pads), np.int64(0))
+        each = [op.Slice(cropped, [k], [k + 1]) for k in range(2 * count)]
+        return op.pad(g, of, {a: (each[k], each[k + count]) for k, a in enumerate(axes)})
     if (added := np.maximum(pads, 0)).any():
-        ends = np.where(added[count:] > 0, -added[count:], np.iinfo(np.int64).max)
-        g = op.Slice(g, added[:count], ends, axes)
-    return op.Pad(g, np.maximum(-pads, 0), None, axes) if (pads < 0).any() else g
+        stops = np.where(added[count:] > 0, -added[count:], np.iinfo(np.int64).max)
+        g = op.Slice(g, added[:count], stops, axes)
+    lost = np.maximum(-pads, 0).tolist()
+    ends = {a: (lost[k], lost[k + count]) for k, a in enumerate(axes)}
+    return op.pad(g, of, ends) if any(lost) else g
 
 
 @rule("DepthToSpace")

@@ -212,7 +212,7 @@ def phases_of(
     steps = -(-sizes[axis] // s)
     ahead, behind = [0, *sizes[:axis], steps], sizes[axis + 1 :]
     if missing := steps * s - sizes[axis]:
-        x = op.Pad(x, [0, missing], fill, [axis + 1])
+        x = op.pad(x, len(sizes) + 1, {axis + 1: (0, missing)}, fill)
     x = op.Reshape(x, [*ahead, s, *behind])
     parts = op.Split(x, axis=axis + 2, num_outputs=s, _outputs=s)
     return [op.Reshape(p, [*ahead, *behind]) for p in parts]

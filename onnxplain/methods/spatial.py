@@ -1,0 +1,425 @@
+"""Where a value has its space: channel axes, token grids, the last layer that an image passes.
+
+Channels are found by what the operators around a value do with it, not assumed to come first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxplain.errors import InputError, LayerError
+from onnxplain.graph.edit import downstream
+from onnxplain.graph.emit import Emitter, const_array, dims, is_float, rank
+from onnxplain.graph.grad import Active
+from onnxplain.model import Model
+from onnxplain.rules.vjp import VJP
+
+Transform = Callable[[np.ndarray], np.ndarray]
+
+# Operators whose data has its channels on the second axis, and those that have it on the last.
+_SECOND = frozenset(
+    "Conv ConvTranspose QLinearConv ConvInteger DeformConv MaxPool AveragePool LpPool "
+    "GlobalAveragePool GlobalMaxPool GlobalLpPool BatchNormalization InstanceNormalization "
+    "GroupNormalization LRN DepthToSpace SpaceToDepth".split()
+)
+_LAST = frozenset("LayerNormalization RMSNormalization SimplifiedLayerNormalization".split())
+# Tokens that are no part of the picture (class, distillation, registers): at most one for so many.
+_TOKENS_PER_EXTRA = 4
+
+
+def channel_axis(value: ir.Value) -> int | None:
+    """Which axis of a value holds its channels, from the operators before or behind it.
+
+    None where none of them tells.
+    """
+    found = _channels_before(value, set())
+    return found if found is not None else _channels_behind(value, set())
+
+
+def _fixed(node: ir.Node, value: ir.Value) -> int | None:
+    """The channel axis that an operator itself gives to its data or to its result."""
+    if node.op_type in _SECOND:
+        return 1
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    dense = node.op_type == "MatMul" and const_array(weight) is not None
+    return rank(value) - 1 if node.op_type in _LAST or dense else None
+
+
+def _moved(node: ir.Node, back: bool = False) -> Callable[[int], int | None] | None:
+    """How an operator moves axes (``back``: from its result to its data); None if it does not."""
+    if node.op_type == "Transpose":
+        x = node.inputs[0]
+        given = node.attributes.get("perm")
+        perm = list(given.as_ints()) if given else list(range(rank(x)))[::-1]  # type: ignore[arg-type]
+        return (lambda a: perm[a]) if back else perm.index
+    if node.op_type in ("Squeeze", "Unsqueeze"):
+        axes = const_array(node.inputs[1]) if len(node.inputs) > 1 else None
+        if axes is None:
+            return lambda a: None
+        wide = node.inputs[0] if node.op_type == "Squeeze" else node.outputs[0]
+        gone = {int(a) % rank(wide) for a in axes.ravel()}  # type: ignore[arg-type]
+        kept = [a for a in range(rank(wide)) if a not in gone]  # type: ignore[arg-type]
+        if (node.op_type == "Unsqueeze") != back:
+            return lambda a: kept[a]
+        return lambda a: kept.index(a) if a in kept else None
+    return None
+
+
+def _channels_before(value: ir.Value, seen: set[ir.Value]) -> int | None:
+    node = value.producer()
+    if node is None or value in seen or value.shape is None:
+        return None
+    seen.add(value)
+    if (fixed := _fixed(node, value)) is not None:
+        return fixed
+    moved = _moved(node)
+    for x in node.inputs:
+        if x is None or x.shape is None or const_array(x) is not None:
+            continue
+        if moved is not None:
+            axis = _channels_before(x, seen)
+            return None if axis is None else moved(axis)
+        same = rank(x) == rank(value) and _same_axes(node)
+        if same and (axis := _channels_before(x, seen)) is not None:
+            return axis
+    return None
+
+
+def _channels_behind(value: ir.Value, seen: set[ir.Value]) -> int | None:
+    if value in seen or value.shape is None:
+        return None
+    seen.add(value)
+    for node, index in value.uses():
+        if index == 0 and (fixed := _fixed(node, value)) is not None:
+            return fixed
+        y = node.outputs[0]
+        moved = _moved(node, back=True)
+        same = y.shape is not None and rank(y) == rank(value) and _same_axes(node)
+        if moved is None and not same:
+            continue
+        axis = _channels_behind(y, seen)
+        if axis is not None and moved is not None:
+            axis = moved(axis)
+        if axis is not None:
+            return axis
+    return None
+
+
+def _same_axes(node: ir.Node) -> bool:
+    """Whether an operator whose result has the rank of its data leaves the axes where they are."""
+    return node.op_type not in ("Reshape", "MatMul", "Gemm", "Gather", "Einsum")
+
+
+@dataclass(frozen=True)
+class Image:
+    """An input that has space.
+
+    Attributes:
+        name: of the input.
+        sizes: its spatial axes, None where they are not fixed.
+        channels: its channel axis, None where it has none.
+    """
+
+    name: str
+    sizes: tuple[int | None, ...]
+    channels: int | None
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        """The sizes of an input that is fed."""
+        return tuple(s for s in self.sizes if s is not None)
+
+    def place(self, maps: np.ndarray) -> np.ndarray:
+        """Maps [N, 1, *sizes] in the input's layout: the channel axis, of size 1, where it is."""
+        if self.channels is None:
+            return maps[:, 0]
+        return np.moveaxis(maps, 1, self.channels)
+
+
+def image(value: ir.Value, layer: ir.Value, shape: Sequence[int] | None = None) -> Image | None:
+    """An input as an image for a layer; None where it has no spatial axes.
+
+    ``shape`` is the input's without the examples axis, where it is known.
+    """
+    if not is_float(value) or value.shape is None or rank(value) < 3:
+        return None
+    known = shape if shape is not None else dims(value)[1:]
+    sizes = [d if isinstance(d, int) else None for d in known]
+    axis = channel_axis(value)
+    if axis is None and layer.shape is not None and rank(layer) == rank(value) + 1 < 5:
+        return Image(value.name or "", tuple(sizes), None)
+    if axis is None:
+        axis = len(sizes) if sizes[-1] in (1, 3, 4) and sizes[0] not in (1, 3, 4) else 1
+    return Image(value.name or "", tuple(s for i, s in enumerate(sizes, 1) if i != axis), axis)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a layer's values become feature maps [N, C, *sizes].
+
+    Attributes:
+        channels: the axis of the channels.
+        start: how many tokens in front are no part of the grid.
+        shape: (C, *sizes).
+        order: for each element of the maps the position of its value in the layer's.
+    """
+
+    channels: int
+    start: int
+    shape: tuple[int, ...]
+    order: tuple[int, ...] | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The spatial sizes."""
+        return self.shape[1:]
+
+    def maps(self, op: Emitter, value: ir.Value) -> ir.Value:
+        """``value`` (or its gradient) as feature maps, in single precision at least."""
+        count = rank(value)
+        if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            value = op.Cast(value, to=ir.DataType.FLOAT)
+        if self.order is not None:
+            value = op.Gather(op.Flatten(value), list(self.order), axis=1)
+        elif self.start:
+            value = op.Slice(value, [self.start], [np.iinfo(np.int64).max], [1])
+        if self.order is None and self.channels != 1:
+            value = op.Transpose(value, perm=_channels_first(count, self.channels))
+        if self.order is not None or count != len(self.shape) + 1:
+            value = op.Reshape(value, [-1, *self.shape])
+        return value
+
+
+def _channels_first(count: int, channels: int) -> list[int]:
+    return [0, channels, *(a for a in range(1, count) if a != channels)]
+
+
+def grid(
+    layer: ir.Value,
+    shape: Sequence[int],
+    sizes: Sequence[int | None],
+    transform: Transform | None = None,
+) -> Grid | None:
+    """The feature maps in a layer's values; None where it has no spatial axes.
+
+    Args:
+        layer: the value.
+        shape: its shape without the examples axis.
+        sizes: the image's spatial sizes.
+        transform: what makes maps [N, C, *spatial] of the values, by selecting and rearranging.
+
+    Raises:
+        LayerError: channels, or the grid of the tokens, can't be inferred.
+        InputError: ``transform`` does something else.
+    """
+    if transform is not None:
+        return _transformed(shape, len(sizes), transform)
+    name = layer.name
+    if len(shape) == 2 and len(sizes) > 1:
+        tokens = token_grid(shape[0], sizes)
+        if tokens is None:
+            raise LayerError(
+                f"layer '{name}' has shape [N, {shape[0]}, {shape[1]}], and {shape[0]} tokens are "
+                f"no grid over an image of {_times(sizes)}, not even without class tokens: pass "
+                "reshape_transform, which makes maps [N, channels, height, width] of its values"
+            )
+        return Grid(2, tokens[0], (shape[1], *tokens[1]))
+    if len(shape) <= len(sizes) or len(shape) < 2:
+        return None
+    axis = channel_axis(layer)
+    if axis is None:
+        axis = _by_shape(shape, sizes)
+    if axis is None:
+        raise LayerError(
+            f"which axis of layer '{name}' (shape [N, {', '.join(map(str, shape))}]) counts its "
+            "channels can't be told from the operators around it: pass reshape_transform, which "
+            "makes maps [N, channels, *spatial] of its values"
+        )
+    spatial = [d for i, d in enumerate(shape, 1) if i != axis]
+    while len(spatial) > len(sizes) and 1 in spatial:
+        spatial.remove(1)  # one dimension, computed as two
+    if len(spatial) != len(sizes) or math.prod(spatial) == 1:
+        return None
+    return Grid(axis, 0, (shape[axis - 1], *spatial))
+
+
+def token_grid(count: int, sizes: Sequence[int | None]) -> tuple[int, tuple[int, ...]] | None:
+    """(tokens in front that are no part of it, (height, width)) of a grid of tokens.
+
+    The fewest tokens are left out with which the rest has the image's aspect (at most a fifth);
+    where the image's size is not known, with which it is a square.
+    """
+    if len(sizes) != 2:
+        return None
+    height, width = (s or 1 for s in sizes) if None not in sizes else (1, 1)
+    for extra in range(count // (_TOKENS_PER_EXTRA + 1) + 1):
+        rows = math.isqrt((count - extra) * height // width)
+        fits = rows and (count - extra) % rows == 0
+        if fits and rows * width == (count - extra) // rows * height:
+            return extra, (rows, (count - extra) // rows)
+    return None
+
+
+def _by_shape(shape: Sequence[int], sizes: Sequence[int | None]) -> int | None:
+    """The channel axis, first or last, that leaves the image's aspect; None if both or neither."""
+    if len(shape) != len(sizes) + 1 or None in sizes:
+        return None
+
+    def fits(spatial: Sequence[int]) -> bool:
+        scaled = [s * spatial[0] / sizes[0] for s in sizes]  # type: ignore[operator]
+        return all(abs(d - s) < 1 for d, s in zip(spatial, scaled, strict=True))
+
+    found = [a for a, rest in ((1, shape[1:]), (len(shape), shape[:-1])) if fits(rest)]
+    return found[0] if len(found) == 1 else None
+
+
+def _transformed(shape: Sequence[int], spatial: int, transform: Transform) -> Grid:
+    """What a user's function does to the positions of a layer's values."""
+    numbers = np.arange(math.prod(shape)).reshape(1, *shape)
+    made = np.asarray(transform(numbers))
+    if made.ndim != spatial + 2 or made.shape[0] != 1:
+        raise InputError(
+            f"reshape_transform makes {list(made.shape)} of {list(numbers.shape)}; it has to give "
+            f"[N, channels, {', '.join(('depth', 'height', 'width')[-spatial:])}]"
+        )
+    if made.dtype.kind not in "iuf" or not np.isin(made, numbers).all():
+        raise InputError(
+            "reshape_transform computes new values; it may only select and rearrange those of the "
+            "layer"
+        )
+    return Grid(1, 0, made.shape[1:], tuple(made.astype(np.int64).ravel().tolist()))
+
+
+def _times(sizes: Sequence[int | None]) -> str:
+    return "x".join("?" if s is None else str(s) for s in sizes)
+
+
+def layer_image(model: Model, layer: ir.Value, feeds: dict[str, np.ndarray]) -> Image:
+    """The explained input that a map of a layer is laid over, at the size that is fed.
+
+    Raises:
+        LayerError: no input with spatial axes reaches the layer.
+    """
+    found = [
+        made
+        for v in model.graph.graph.inputs
+        if v.name in feeds
+        and any(layer in node.outputs for node in downstream(model.graph.graph, [v]))
+        and (made := image(v, layer, feeds[v.name or ""].shape[1:])) is not None
+    ]
+    if not found:
+        raise LayerError(
+            f"no explained input with spatial axes ([N, channels, height, width], say) reaches "
+            f"layer '{layer.name}', so its map can't be laid over one; LayerGradCam gives it at "
+            "the layer's own size"
+        )
+    return found[0]
+
+
+def spatial_layers(model: Model) -> list[ir.Value]:
+    """Values with spatial axes that everything passes which the output learns from the images.
+
+    In the order of computation. Values of which only one position is read later (all but the class
+    token are idle behind the last attention of a transformer) are not among them.
+    """
+    graph, of = model.graph.graph, model.output
+    active = Active(graph, [of], [v for v in graph.inputs if image(v, v) is not None], VJP)
+    live = {v for v in graph.inputs if v in active.values}
+    images = list(live)
+    left = dict.fromkeys(active.values, 0)
+    for node in active.nodes:
+        for v in set(active.ends[node][0]) & active.values:
+            left[v] += 1
+    passed: list[tuple[ir.Value, list[ir.Node]]] = []  # a cut, and the nodes that lead there
+    segment: list[ir.Node] = []
+    for node in active.nodes:
+        segment.append(node)
+        for v in set(active.ends[node][0]) & active.values:
+            left[v] -= 1
+            if not left[v]:
+                live.discard(v)
+        live |= set(active.ends[node][1]) & active.values
+        if len(live) == 1:
+            passed.append((next(iter(live)), segment))
+            segment = []
+    found, picked = [], False
+    for value, nodes in reversed(passed):
+        if value is not of and not picked and any(_has_space(value, v) for v in images):
+            found.append(value)
+        for node in reversed(nodes):
+            picked = _picks_token(node) or (picked and not _mixes(node, active))
+    return found[::-1]
+
+
+def _has_space(layer: ir.Value, source: ir.Value) -> bool:
+    """Whether a layer surely has spatial axes, as far as shapes are known."""
+    if not is_float(layer) or layer.shape is None or dims(layer)[:1] != dims(source)[:1]:
+        return False
+    seen = image(source, layer)
+    known = dims(layer)[1:]
+    if seen is None or len(known) < 2:
+        return False
+    if all(isinstance(d, int) for d in known):
+        try:
+            return grid(layer, known, seen.sizes) is not None  # type: ignore[arg-type]
+        except LayerError:
+            return False
+    axis = channel_axis(layer)
+    spatial = [d for i, d in enumerate(known, 1) if i != axis]
+    return axis is not None and len(spatial) == len(seen.sizes) and set(spatial) != {1}
+
+
+def _picks_token(node: ir.Node) -> bool:
+    """Whether a node takes one token out of [N, tokens, dim]."""
+    x, y = node.inputs[0] if node.inputs else None, node.outputs[0]
+    if x is None or x.shape is None or rank(x) != 3 or node.op_type not in ("Gather", "Slice"):
+        return False
+    if node.op_type == "Slice":
+        return y.shape is not None and dims(y)[1] == 1 != dims(x)[1]
+    index = const_array(node.inputs[1])
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    return axis % 3 == 1 and index is not None and index.size == 1
+
+
+def _mixes(node: ir.Node, active: Active) -> bool:
+    """Whether a node lets tokens look at each other."""
+    varying = sum(v in active.values for v in node.inputs)
+    return node.op_type.endswith("Attention") or (
+        varying > 1 and node.op_type in ("MatMul", "Einsum")
+    )
+
+
+def nearest(model: Model, layer: ir.Value, count: int = 3) -> str:
+    """The spatial layers nearest to another one, for an error message."""
+    order = {v: i for i, node in enumerate(model.graph.graph) for v in node.outputs}
+    here = order.get(layer, 0)
+    found = sorted(spatial_layers(model), key=lambda v: abs(order[v] - here))[:count]
+    if not found:
+        return "the model has no layer with spatial axes that all of an image passes"
+    return f"layers that have some are {', '.join(repr(layer_name(model, v)) for v in found)}"
+
+
+def layer_name(model: Model, value: ir.Value) -> str:
+    """A name of a value that means nothing else."""
+    return model.names.unique(value) or value.name or ""
+
+
+def last_spatial_layer(model: Model) -> str:
+    """Name of the last value with spatial axes that all of the image passes on its way out.
+
+    Raises:
+        LayerError: there is none.
+    """
+    found = spatial_layers(model)
+    if not found:
+        raise LayerError(
+            "the model has no layer with spatial axes that all of an image passes on a "
+            f"differentiable way to '{model.output.name}': name the layer; model.layers() lists "
+            "them all"
+        )
+    return layer_name(model, found[-1])
