@@ -106,12 +106,12 @@ def explain(
         gap = checks.get("relative_convergence_delta")
         if gap is None or not (gap > GOOD_DELTA).any():
             break
+    used = layer if layer is not None else getattr(made, "layer", None)
     if by_inputs:
         arrays, form = _by_input(result, feeds, embedded), feeds.form
         arrays = {k: np.moveaxis(v, model.axes[k] or 0, 0) for k, v in arrays.items()}
     else:
-        assert layer is not None
-        arrays, form = _by_layer(result, layer)
+        arrays, form = _by_layer(result, used or made.wrt[0])
     given = {"neuron": neuron} if neuron is not None else {}
     given |= {"seed": seed} if "random" in info.needs else {}
     record = {"baselines": _described(baselines)} if info.takes_baselines else {}
@@ -123,7 +123,7 @@ def explain(
         prediction=prediction if prediction.ndim else np.broadcast_to(prediction, feeds.count),
         target=index,
         labels=labels,
-        layer=layer if layer is not None else getattr(made, "layer", None),
+        layer=used,
         options={**info.options, **options, **chosen, **given},
         checks=checks,
         provenance={**_provenance(model), **record, **(provenance or {})},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 import onnxplain as ox
 from tests.helpers import BUNDLED, HEAD, model
@@ -24,12 +27,48 @@ MIXED = (
 )
 
 
+OF_IMAGES = [n for n, info in ox.methods().items() if "image" in info.needs] + ["layer-grad-cam"]
+
+
 @pytest.fixture(scope="module")
 def net() -> ox.Model:
     return model(NET, {"w": W})
 
 
-@pytest.mark.parametrize("name", list(ox.methods()))
+@pytest.fixture(scope="module")
+def digits() -> ox.Model:
+    return ox.Model(BUNDLED / "digits/digits.onnx")
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_every_method_for_images_explains(digits: ox.Model, tmp_path: Path, name: str) -> None:
+    x = load_digits().images[[3, 40], None].astype(np.float32) / 16
+    info = ox.methods()[name]
+    layer = "block2.relu" if "layer" in info.needs else None
+    neuron = 5 if "neuron" in info.needs else None
+    explanation = ox.explain(digits, x, name, layer=layer, neuron=neuron)
+    found = explanation.attributions
+    assert found.shape[:2] == (2, 1)
+    assert np.isfinite(found).all()
+    assert (np.ptp(found.reshape(2, -1), axis=1) > 0).all()
+    if "layer" not in info.needs and name.endswith("cam"):
+        assert explanation.layer in [each.name for each in digits.layers()] + [None]
+        assert found.shape == x.shape
+    explanation.plot(tmp_path / "why.png")
+    explanation.save(tmp_path / "why.npz")
+    again = ox.load_explanation(tmp_path / "why.npz")
+    np.testing.assert_array_equal(again.attributions, found)
+
+
+@pytest.mark.parametrize("name", [n for n in OF_IMAGES if n != "layer-grad-cam"])
+def test_methods_for_images_refuse_tables(net: ox.Model, name: str) -> None:
+    info = ox.methods()[name]
+    layer = "h" if "layer" in info.needs else None
+    with pytest.raises(ox.InputError, match="spatial axes"):
+        ox.explain(net, X, name, layer=layer, neuron=0 if "neuron" in info.needs else None)
+
+
+@pytest.mark.parametrize("name", [n for n in ox.methods() if n not in OF_IMAGES])
 def test_every_method_explains(net: ox.Model, name: str) -> None:
     info = ox.methods()[name]
     layer = "h" if "layer" in info.needs else None

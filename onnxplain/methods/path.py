@@ -542,7 +542,7 @@ class IntegratedGradients(PathAttribution):
         """The explained value at the end of the path minus that at its start, float64 [N]."""
         if question.groups is None:
             return self._ends(question, starts)
-        program = self.model.program(("ends", question.key), lambda: self._build_ends(question))
+        program = self.model.program(("path ends", question.key), lambda: self._build_ends(question))
         dtype = _working(question.wrt[0])
         ends = []
         for position in (1.0, 0.0):
