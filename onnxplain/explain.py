@@ -23,6 +23,8 @@ from onnxplain.run.session import runtime
 
 # A completeness gap above this share of the explained difference makes the numbers doubtful.
 POOR_DELTA = 0.05
+# A standard error above this share of what was sampled makes the picture that of the samples.
+POOR_STANDARD_ERROR = 0.5
 # Up to this share, no more steps are taken.
 GOOD_DELTA = 0.01
 
@@ -129,7 +131,7 @@ def explain(
         provenance={**_provenance(model), **record, **(provenance or {})},
         display=display,
     )
-    _warn_when_poor(explanation, model)
+    _warn_when_poor(explanation, info, model)
     return explanation
 
 
@@ -284,26 +286,39 @@ def _rounds(model: Model) -> bool:
     return any("QuantizeLinear" in name or "QLinear" in name for name in operators)
 
 
-def _warn_when_poor(explanation: Explanation, model: Model) -> None:
-    """Say which examples have attributions that don't add up."""
+def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model) -> None:
+    """Say which examples have attributions that don't add up, or hardly agree between samples."""
     finite = [np.isfinite(a.reshape(len(a), -1)).all(axis=1) for a in explanation.arrays.values()]
     bad = {int(i) for row in finite for i in np.flatnonzero(~row)}  # the method warned of these
-    gap = explanation.checks.get("relative_convergence_delta")
-    if gap is None:
-        return
-    poor = [int(i) for i in np.flatnonzero(~(gap <= POOR_DELTA)) if i not in bad]
-    if poor:
-        warnings.warn(
-            f"the attributions of {_listed(poor, explanation)} miss the difference they should add "
-            f"up to by up to {gap[poor].max():.0%}; "
-            + (
-                "the model is quantized, and more steps won't help: compare with the model "
-                "before quantization, or try another baseline"
-                if _rounds(model)
-                else "use more steps (n_steps) or another baseline"
-            ),
-            stacklevel=3,
-        )
+    more = " or ".join(k for k in ("n_samples", "nt_samples") if k in info.options)
+    told = {
+        "relative_convergence_delta": (
+            POOR_DELTA,
+            "miss the difference they should add up to by up to",
+            "the model is quantized, and more steps won't help: compare with the model before "
+            "quantization, or try another baseline"
+            if _rounds(model)
+            else "use more steps (n_steps) or another baseline"
+            if "n_steps" in info.options
+            else "try another baseline, or a method that takes steps (integrated-gradients)",
+        ),
+        "standard_error": (
+            POOR_STANDARD_ERROR,
+            "are means of samples with a standard error of up to",
+            f"take more samples ({more})",
+        ),
+    }
+    for check, (limit, problem, advice) in told.items():
+        found = explanation.checks.get(check)
+        if found is None:
+            continue
+        poor = [int(i) for i in np.flatnonzero(~(found <= limit)) if i not in bad]
+        if poor:
+            warnings.warn(
+                f"the attributions of {_listed(poor, explanation)} {problem} "
+                f"{found[poor].max():.0%}; {advice}",
+                stacklevel=3,
+            )
 
 
 def _listed(examples: list[int], explanation: Explanation) -> str:

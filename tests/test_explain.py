@@ -215,3 +215,10 @@ def test_more_steps_while_the_gap_is_not_small() -> None:
     assert better.options["n_steps"] in (100, 200)
     assert better.checks["relative_convergence_delta"].max() < gap
     assert ox.explain(model(NET, {"w": W}), X).options["n_steps"] == 50
+
+
+def test_few_samples_are_told(net: ox.Model) -> None:
+    with pytest.warns(UserWarning, match=r"standard error of up to \d+%; take more.*\(nt_samples"):
+        ox.explain(net, X, "noise-tunnel", abs=False, stdevs=20.0, nt_samples=3, seed=0)
+    checks = ox.explain(net, X, "noise-tunnel", stdevs=1e-6, nt_samples=3, seed=0).checks
+    assert (checks["standard_error"] < 1e-3).all()
