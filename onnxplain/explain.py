@@ -213,6 +213,13 @@ def _make(
         raise InputError(f"method '{info.name}' explains a neuron: give layer and neuron")
     if info.takes_layer and "neuron" not in info.needs and neuron is not None:
         raise InputError(f"method '{info.name}' explains the output: leave out the neuron")
+    if layer is not None and not info.takes_layer and not info.takes_any_layer:
+        raise InputError(f"method '{info.name}' explains by the inputs: leave out the layer")
+    if embedded and not info.takes_any_layer:
+        raise InputError(
+            f"method '{info.name}' explains by numbers, and '{next(iter(embedded))}' holds "
+            "integers: use a method that can explain by the embedding, such as integrated-gradients"
+        )
     sources = [embedded.get(name, name) for name in feeds.explained] if embedded else None
     if info.takes_layer:
         return info.make(model, options, layer=layer, wrt=sources)

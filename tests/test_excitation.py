@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import onnxplain as ox
+from onnxplain import ContrastiveExcitationBackprop, ExcitationBackprop
 from onnxplain.errors import LayerError
-from onnxplain.methods.excitation import ContrastiveExcitationBackprop, ExcitationBackprop
 from tests.helpers import HEAD, model
 
 RNG = np.random.default_rng(7)

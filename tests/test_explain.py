@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 
 import onnxplain as ox
 from tests.helpers import BUNDLED, HEAD, model
+from tests.test_methods import TOKENS
 
 rng = np.random.default_rng(0)
 W = rng.standard_normal((4, 3)).astype(np.float32)
@@ -222,3 +223,12 @@ def test_few_samples_are_told(net: ox.Model) -> None:
         ox.explain(net, X, "noise-tunnel", abs=False, stdevs=20.0, nt_samples=3, seed=0)
     checks = ox.explain(net, X, "noise-tunnel", stdevs=1e-6, nt_samples=3, seed=0).checks
     assert (checks["standard_error"] < 1e-3).all()
+
+
+def test_methods_that_take_no_layer_or_no_integers_say_so(digits: ox.Model) -> None:
+    x = np.zeros((1, 1, 8, 8), np.float32)
+    with pytest.raises(ox.InputError, match="leave out the layer"):
+        ox.explain(digits, x, "full-grad", layer="block1.relu")
+    tokens = model(TOKENS, {"table": rng.standard_normal((7, 4)).astype(np.float32), "w": W})
+    with pytest.raises(ox.InputError, match="holds integers"):
+        ox.explain(tokens, np.array([[1, 2, 3]]), "guided-grad-cam", layer="s")

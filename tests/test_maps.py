@@ -10,18 +10,18 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 import onnxplain as ox
-from onnxplain.errors import InputError, LayerError, NeuronError
-from onnxplain.methods import excitation, maps
-from onnxplain.methods.maps import (
+from onnxplain import (
+    ExcitationBackprop,
     GradCAMMap,
     GradientMap,
     GradientTimesImage,
     GuidedBackpropMap,
     LayerActivationGuidedBackprop,
     LinearApproximation,
+    NeuronGuidedBackprop,
     VanillaBackprop,
 )
-from onnxplain.methods.modified import NeuronGuidedBackprop
+from onnxplain.errors import InputError, LayerError, NeuronError
 from tests.helpers import HEAD, model
 
 RNG = np.random.default_rng(7)
@@ -104,14 +104,10 @@ def golden() -> dict[str, np.ndarray]:
     return dict(np.load(Path(__file__).parent / "oracle" / "golden" / "torchray.npz"))
 
 
-def method_of(name: str) -> Any:
-    return getattr(maps, name, None) or getattr(excitation, name)
-
-
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: name_of(*call))
 def test_torchray(call: Any, net: ox.Model, golden: dict[str, np.ndarray]) -> None:
     method, layers, options = call
-    got = method_of(method)(net, **layers).attribute(IMAGES, target=TARGETS, **options)
+    got = getattr(ox, method)(net, **layers).attribute(IMAGES, target=TARGETS, **options)
     want = golden[name_of(*call)]
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
@@ -168,7 +164,7 @@ def test_channels_last() -> None:
     first = model(plain, {"K": WEIGHTS["K1"], "axes": np.array([2, 3])})
     last = model(text, {"K": WEIGHTS["K1"], "axes": np.array([1, 2])})
     images = np.moveaxis(IMAGES, 1, -1)
-    for method in (GradientMap, GuidedBackpropMap, excitation.ExcitationBackprop, VanillaBackprop):
+    for method in (GradientMap, GuidedBackpropMap, ExcitationBackprop, VanillaBackprop):
         want = method(first).attribute(IMAGES, target=2)
         got = method(last).attribute(images, target=2)
         np.testing.assert_allclose(got, np.moveaxis(want, 1, -1), rtol=1e-5, atol=1e-9)
@@ -176,6 +172,19 @@ def test_channels_last() -> None:
     want = LinearApproximation(first, "r").attribute(IMAGES, target=2, **options)
     got = LinearApproximation(last, "u").attribute(images, target=2, **options)
     np.testing.assert_allclose(got, np.moveaxis(want, 1, -1), rtol=1e-4, atol=1e-8)
+
+
+def test_no_channels() -> None:
+    text = f"""{HEAD}
+    net (float[N, 12, 12] x) => (float[N, 6] y) {{
+        u = Unsqueeze(x, one) c = Conv(u, K) r = Relu(c) m = GlobalAveragePool(r) y = Flatten(m)
+    }}"""
+    made = model(text, {"K": WEIGHTS["K1"][:, :1].copy(), "one": np.array([1])})
+    x = IMAGES[:, 0]
+    got = GradientMap(made).attribute(x, target=1)
+    np.testing.assert_array_equal(got, ox.Saliency(made).attribute(x, target=1))
+    got = GradCAMMap(made, "r").attribute(x, target=1, resize=True)
+    assert got.shape == x.shape
 
 
 def test_layers_neurons_and_other_inputs() -> None:

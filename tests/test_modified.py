@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import onnxplain as ox
-from onnxplain.errors import InputError, NeuronError
-from onnxplain.methods.modified import (
+from onnxplain import (
     Deconvolution,
     GuidedBackprop,
     NeuronDeconvolution,
     NeuronGuidedBackprop,
 )
+from onnxplain.errors import InputError, NeuronError
 from tests.helpers import HEAD, model
 
 RNG = np.random.default_rng(0)

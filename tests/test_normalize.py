@@ -10,6 +10,7 @@ import pytest
 from onnxplain.errors import ModelError
 from onnxplain.graph.load import load
 from onnxplain.graph.normalize import Normalized, fold_batchnorm, normalize
+from onnxplain.run.session import Session
 from tests.evaluate import evaluate, random_feeds
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "f" : 1]>'
@@ -347,3 +348,16 @@ def test_computed_weights_are_not_folded() -> None:
     result = checked(text, **p)
     fold_batchnorm(result.model, set())
     assert "BatchNormalization" in operators(result)
+
+
+@pytest.mark.parametrize("axis", [1, -2])
+def test_pads_of_some_axes_survive_onnxruntime(axis: int) -> None:
+    """Its optimizer moves a Transpose past a Pad with axes, and then reads outside of them."""
+    text = """g (float[2,2,3] x) => (float[] y) {
+        t = Transpose<perm=[0,2,1]> (x)
+        p = Pad (t, pads, , axes)
+        y = Transpose<perm=[0,2,1]> (p) }"""
+    result = checked(text, pads=np.array([1, 2]), axes=np.array([axis]))
+    x = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+    (got,) = Session(result.model, ["CPUExecutionProvider"])({"x": x}).values()
+    np.testing.assert_array_equal(got, np.pad(x, [(0, 0), (0, 0), (1, 2)]))

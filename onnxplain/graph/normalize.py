@@ -78,6 +78,7 @@ def normalize(model: ir.Model, evaluate: Evaluate) -> Normalized:
     prune(model)
     shapes.infer(model)
     fold_constants(model, evaluate)
+    _pad_every_axis(model.graph)
     shapes.infer(model)
     present = value_index(model.graph)
     aliases = {old: value.name for old, value in removed.items()} | calls
@@ -225,6 +226,21 @@ def fold_constants(model: ir.Model, evaluate: Evaluate) -> None:
         model.graph.register_initializer(weight)
         ir.convenience.replace_all_uses_with(value, weight)
     prune(model)
+
+
+def _pad_every_axis(graph: ir.Graph) -> None:
+    """Write Pads of some axes as Pads of all: onnxruntime's optimizer moves a Transpose past the
+    former and breaks them."""
+    for node in graph:
+        if node.op_type != "Pad" or node.domain or len(node.inputs) < 4:
+            continue
+        pads, axes, x = const_array(node.inputs[1]), const_array(node.inputs[3]), node.inputs[0]
+        if pads is None or axes is None or x is None or x.shape is None:
+            continue
+        every = np.zeros((2, len(x.shape)), np.int64)
+        every[:, axes % len(x.shape)] = pads.reshape(2, -1)
+        node.replace_input_with(1, _weight(graph, f"{node.name}.pads", every.reshape(-1)))
+        node.replace_input_with(3, None)
 
 
 def _foldable(node: ir.Node, constant: set[ir.Value]) -> bool:

@@ -213,6 +213,7 @@ class MethodInfo:
         explains: what the result has the shape of: "inputs" or "layer".
         check: what its check figure means.
         takes_target, takes_baselines, takes_layer: what else it can be asked with.
+        takes_any_layer: whether it can be asked by other layers than its own (``wrt``).
         made_with: the options that the constructor takes; the others are those of ``attribute``.
         annotations: the type annotation of each option.
         inside: what the method goes around (noise tunnel); the question and its own options are
@@ -231,6 +232,7 @@ class MethodInfo:
     takes_target: bool
     takes_baselines: bool
     takes_layer: bool
+    takes_any_layer: bool
     made_with: frozenset[str]
     annotations: dict[str, str]
     inside: MethodInfo | None = None
@@ -264,11 +266,6 @@ class MethodInfo:
         asked = {"layer": layer, "of": of, "wrt": wrt}
         made: dict[str, Any] = {k: v for k, v in options.items() if k in self.made_with}
         made |= {k: v for k, v in asked.items() if v is not None}
-        if wrt is not None and "wrt" not in inspect.signature(self.cls.__init__).parameters:
-            raise InputError(
-                f"method '{self.name}' explains by numbers, and an input here holds integers: "
-                "use a method that can explain by the embedding, such as integrated-gradients"
-            )
         return self.cls(model, **made)
 
 
@@ -322,6 +319,7 @@ def _info(cls: type[Attribution]) -> MethodInfo:
         takes_target="target" in call,
         takes_baselines="baselines" in call,
         takes_layer="layer" in made,
+        takes_any_layer="wrt" in made,
         made_with=frozenset(made) & frozenset(options),
         annotations={name: str(p.annotation) for name, p in chosen.items()},
     )

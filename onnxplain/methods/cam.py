@@ -273,7 +273,7 @@ class HiResCAM(ClassActivationMap):
 class XGradCAM(ClassActivationMap):
     """XGrad-CAM: channels weighted by their mean gradient, averaged with their activations.
 
-    Source: Fu et al., "Axiom-based Grad-CAM", 2020, arXiv:2008.02312, equation 8. Unit: output.
+    Source: Fu et al., "Axiom-based Grad-CAM", 2020, arXiv:2008.02312. Unit: output.
     """
 
     name = "xgrad-cam"
@@ -405,7 +405,7 @@ class GuidedGradCam(Attribution):
     """Guided backpropagation times the upsampled positive Grad-CAM of a layer.
 
     Both ways back share one forward pass. Source: Selvaraju et al., "Grad-CAM", 2016,
-    arXiv:1610.02391, section 3.1. Unit: square of the output per input unit.
+    arXiv:1610.02391. Unit: square of the output per input unit.
 
     Args:
         model: the model.

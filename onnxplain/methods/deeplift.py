@@ -20,7 +20,7 @@ from onnxplain.methods.baselines import distributions, named_baselines
 from onnxplain.methods.forms import layer_form, neuron_form
 from onnxplain.methods.target import Seeds
 from onnxplain.model import Model
-from onnxplain.rules.deeplift import RevealCancel, SoftmaxRule, rescale_rules
+from onnxplain.rules.deeplift import RevealCancel, rescale_rules
 from onnxplain.run.feeds import Arrays
 from onnxplain.run.program import Rows
 
@@ -62,7 +62,7 @@ class DeepLift(Attribution):
         multiply_by_inputs: bool = True,
         eps: float = 1e-10,
         rule: Literal["rescale", "reveal-cancel"] = "rescale",
-        softmax: SoftmaxRule = "exact",
+        softmax: Literal["exact", "centered"] = "exact",
         *,
         of: str | None = None,
         wrt: Layers | None = None,

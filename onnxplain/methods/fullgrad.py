@@ -31,7 +31,7 @@ class FullGrad(Attribution):
     is shifted and scaled to 0..1, upsampled, and summed.
 
     Source: Srinivas and Fleuret, "Full-Gradient Representation for Neural Network Visualization",
-    2019, arXiv:1905.00780, propositions 1 and 3. Unit: none.
+    2019, arXiv:1905.00780. Unit: none.
 
     Args:
         model: the model.

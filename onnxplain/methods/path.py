@@ -542,7 +542,9 @@ class IntegratedGradients(PathAttribution):
         """The explained value at the end of the path minus that at its start, float64 [N]."""
         if question.groups is None:
             return self._ends(question, starts)
-        program = self.model.program(("path ends", question.key), lambda: self._build_ends(question))
+        program = self.model.program(
+            ("path ends", question.key), lambda: self._build_ends(question)
+        )
         dtype = _working(question.wrt[0])
         ends = []
         for position in (1.0, 0.0):
@@ -718,7 +720,7 @@ class LayerConductance(PathAttribution):
     def _checks(
         self, question: Question, result: Any, baselines: Any = None, **_: Any
     ) -> dict[str, np.ndarray]:
-        """The completeness gap, where nothing goes around the layer (it has no part in the sum)."""
+        """The completeness gap, where nothing goes around the layer and is missing in the sum."""
         around = upstream(self.model.graph.graph, [question.of], stop=question.wrt)
         anchors = self._anchors(question)
         if question.at_once or any(v in anchors for node in around for v in node.inputs):

@@ -28,6 +28,8 @@ _SECOND = frozenset(
     "GroupNormalization LRN DepthToSpace SpaceToDepth".split()
 )
 _LAST = frozenset("LayerNormalization RMSNormalization SimplifiedLayerNormalization".split())
+# Values looked at in each direction for an operator that tells.
+_REACH = 200
 # Tokens that are no part of the picture (class, distillation, registers): at most one for so many.
 _TOKENS_PER_EXTRA = 4
 
@@ -72,7 +74,7 @@ def _moved(node: ir.Node, back: bool = False) -> Callable[[int], int | None] | N
 
 def _channels_before(value: ir.Value, seen: set[ir.Value]) -> int | None:
     node = value.producer()
-    if node is None or value in seen or value.shape is None:
+    if node is None or value in seen or value.shape is None or len(seen) > _REACH:
         return None
     seen.add(value)
     if (fixed := _fixed(node, value)) is not None:
@@ -91,7 +93,7 @@ def _channels_before(value: ir.Value, seen: set[ir.Value]) -> int | None:
 
 
 def _channels_behind(value: ir.Value, seen: set[ir.Value]) -> int | None:
-    if value in seen or value.shape is None:
+    if value in seen or value.shape is None or len(seen) > _REACH:
         return None
     seen.add(value)
     for node, index in value.uses():

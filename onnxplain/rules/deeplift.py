@@ -22,14 +22,13 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import NoRuleError
 from onnxplain.graph.emit import Call, Emitter, dims, is_float, rank
 from onnxplain.rules import Rules, RuleTable
 from onnxplain.rules.vjp import VJP
-
-SoftmaxRule = Literal["exact", "centered"]
 
 # The derivative is the multiplier.
 _LINEAR = (
@@ -55,7 +54,7 @@ _ELEMENTWISE = "Pow Mod PRelu Clip Max Min".split()
 _EXTREMA = "MaxPool GlobalMaxPool ReduceMax ReduceMin".split()
 
 
-def rescale_rules(eps: float = 1e-10, softmax: SoftmaxRule = "exact") -> Rules:
+def rescale_rules(eps: float = 1e-10, softmax: Literal["exact", "centered"] = "exact") -> Rules:
     """The rescale rule for nonlinearities, and what goes with it.
 
     Args:
@@ -103,6 +102,10 @@ def _moving(n: Call) -> list[int]:
     """The operands that have a twin in the reference pass, but for integers (axes, shapes)."""
     pairs = enumerate(zip(n.x, n.x0, strict=True))
     return [i for i, (x, x0) in pairs if x is not x0 and is_float(x)]
+
+
+def _derivative(op: Emitter, n: Call, i: int, g: ir.Value) -> Any:
+    return VJP.gradient(op, n, g)[i]
 
 
 def _over(op: Emitter, change: Any, delta: Any, flat: Any, eps: float) -> Any:
@@ -401,7 +404,8 @@ class RevealCancel:
         if down is None:
             return part
         other = self._run(op, n, down, {k: p[1 - side] for k, p in pairs.items()})
-        return _shaped(op.Add(part, other), part)  # type: ignore[no-any-return]
+        total: ir.Value = _shaped(op.Add(part, other), part)
+        return total
 
     def _call(self, value: ir.Value) -> Call | None:
         node = value.producer()
@@ -436,8 +440,11 @@ class RevealCancel:
         if n.node.op_type not in _WEIGHTS:
             return up, None
         down, (i,) = list(n.x), _moving(n)
-        w = up[1 - i]
-        up[1 - i], down[1 - i] = _shaped(op.Relu(w), w), _shaped(op.Neg(op.Relu(op.Neg(w))), w)
+        w, known = n.x[1 - i], n.const(1 - i)
+        if known is not None:
+            up[1 - i], down[1 - i] = (op.const(f(known, 0)) for f in (np.maximum, np.minimum))
+        else:
+            up[1 - i], down[1 - i] = _shaped(op.Relu(w), w), _shaped(op.Min(w, 0.0), w)
         return up, down
 
     def _run(
@@ -461,14 +468,12 @@ class RevealCancel:
         both = g, self._negative(op, n.y[0], g)
         # What a vanishing part tends to: it comes first at the reference, last at the input.
         ends = n, n.on(n.x0, n.y0)
-        slopes = [_mean(op, *(VJP.gradient(op, end, m)[i] for end in ends)) for m in both]
-        changes = self._parts(op, n.y[0])
-        sides = [
-            _over(op, op.Mul(m, change), part, slope, self._eps)
-            for m, change, part, slope in zip(
-                both, changes, self._parts(op, n.x[i]), slopes, strict=True
-            )
-        ]
+        sides = []
+        for m, change, part in zip(
+            both, self._parts(op, n.y[0]), self._parts(op, n.x[i]), strict=True
+        ):
+            slope = _mean(op, *(_derivative(op, end, i, m) for end in ends))
+            sides.append(_over(op, op.Mul(m, change), part, slope, self._eps))
         return [None] * i + [self._hand_on(op, n.x[i], *sides)]
 
     def _linear(self, op: Emitter, n: Call, g: Any) -> Any:
@@ -492,8 +497,7 @@ class RevealCancel:
         return found
 
     def _back(self, op: Emitter, n: Call, k: int, operands: Sequence[Any], m: Any) -> Any:
-        call = n.on(operands, n.y, [i == k for i in range(len(n.x))])
-        return VJP.gradient(op, call, m)[k]
+        return _derivative(op, n.on(operands, n.y, [i == k for i in range(len(n.x))]), k, m)
 
     def _negative(self, op: Emitter, value: ir.Value, g: ir.Value) -> ir.Value:
         """The multiplier of a value's negative part, from that of its positive part."""

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from onnxplain.methods.excitation import ContrastiveExcitationBackprop, ExcitationBackprop
-from onnxplain.methods.maps import (
+from onnxplain import (
+    ContrastiveExcitationBackprop,
     DeconvolutionMap,
+    ExcitationBackprop,
     GradCAMMap,
     GradientMap,
     GuidedBackpropMap,
     LinearApproximation,
 )
 from tests.oracle.both import Both, arrays, same
-from tests.oracle.nets import Exporter, build, example
+from tests.oracle.nets import build, example
 
 pytestmark = pytest.mark.filterwarnings("ignore:Setting backward hooks")
 
@@ -92,31 +93,21 @@ def visited(net: Net, image: Tensor, target: int, sign: int = 1) -> dict[str, Te
     return found
 
 
-@pytest.mark.parametrize(
-    ("style", "exporter"),
-    [
-        ("functional", "torchscript"),
-        ("inplace", "torchscript"),
-        ("reused", "torchscript"),
-        ("functional", "dynamo"),
-    ],
-)
-def test_layer_by_layer(style: str, exporter: Exporter) -> None:
+@pytest.mark.parametrize("style", ["functional", "inplace", "reused"])
+def test_layer_by_layer(style: str) -> None:
     torch.manual_seed(2)
     net = Net(style).eval()
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.5, mean=0.3 * (p.ndim == 1))
     image = torch.rand(3, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     model = Both(net, (image,)).model
     towards, against = visited(net, image, 3), visited(net, image, 3, sign=-1)
-    for layer, name in ((None, "conv1"), ("conv2", "up")):
+    for layer, name in ((None, "conv1"), ("conv2", "up")):  # a ReLU lets through what it gets
         want = towards[name].sum(1, keepdim=True)
-        torch.testing.assert_close(want.sum((1, 2, 3)), torch.ones(3))
-        if layer is not None:  # what leaves conv2 enters up behind a ReLU
-            entering = {"saliency_layer": layer}
-        else:
-            entering = {}
-        got = ExcitationBackprop(model, **entering).attribute(image.numpy(), target=3)
+        assert (want.sum((1, 2, 3)) > 0.99).all()  # a bias alone may open a neuron
+        got = ExcitationBackprop(model, layer).attribute(image.numpy(), target=3)
         np.testing.assert_allclose(got, want.numpy(), rtol=1e-3, atol=1e-7)
-        got = ContrastiveExcitationBackprop(model, **entering).attribute(image.numpy(), target=3)
+        got = ContrastiveExcitationBackprop(model, layer).attribute(image.numpy(), target=3)
         want = (towards[name] - against[name]).sum(1, keepdim=True).clamp(min=0)
         np.testing.assert_allclose(got, want.numpy(), rtol=2e-3, atol=1e-5)
 
@@ -125,7 +116,7 @@ def test_layer_by_layer(style: str, exporter: Exporter) -> None:
 def test_maps(name: str) -> None:
     pair = Both(build(name), example(name, 3, seed=4))
     (x,) = pair.xs
-    layer = {"resnet18": "layer2", "small_cnn": "bn2"}[name]
+    layer = {"resnet18": "layer2", "small_cnn": "pool1"}[name]
     target = [1, 4, 2]
     inner = {"inputs": pair.xs, "target": target}
 

@@ -9,10 +9,12 @@ import captum.attr as ca
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from onnxplain.methods import modified as om
-from tests.oracle.both import Both, arrays, same
+import onnxplain as ox
+from tests.oracle.both import Both, same
 from tests.oracle.nets import build, example
 
 METHODS = ("GuidedBackprop", "Deconvolution")
@@ -70,10 +72,8 @@ def images() -> Tensor:
 
 def both(method: str, pair: Both, *made: Any, **options: Any) -> tuple[Any, Any]:
     """Ours and Captum's."""
-    ours = getattr(om, method)(pair.model, *made).attribute(
-        arrays(pair.xs), **{k: arrays(v) for k, v in options.items()}
-    )
-    return ours, pair.captums(method, *made, inputs=pair.xs, **options)
+    asked = {"inputs": pair.xs, **options}
+    return pair.ours(method, *made, **asked), pair.captums(method, *made, **asked)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -85,21 +85,34 @@ def test_networks(method: str, name: str) -> None:
     same(*both(f"Neuron{method}", pair, layer, neuron_selector=neuron), 1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_inputs_in_float64(method: str) -> None:
+@pytest.fixture(scope="module")
+def joined() -> Both:
     generator = torch.Generator().manual_seed(0)
     xs = tuple(torch.randn(4, n, generator=generator).double() for n in (6, 4))
-    pair = Both(seeded(Joined()).double(), xs)
-    same(*both(method, pair, target=[0, 2, 1, 1]), 1e-8, kinks=False)
-    same(*both(f"Neuron{method}", pair, "head", neuron_selector=(slice(0, 2),)), 1e-8, kinks=False)
-    first, second = xs
-    ours = getattr(om, method)(pair.model).attribute(
-        first.numpy(), target=1, additional_forward_args=(second.numpy(),)
-    )
-    want = getattr(ca, method)(pair.net).attribute(
-        first, target=1, additional_forward_args=(second,)
-    )
-    same(ours, want.numpy(), 1e-8, kinks=False)
+    return Both(seeded(Joined()).double(), xs)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_random_options_in_float64(joined: Both, data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 4))
+    first, second = xs = tuple(x[:n] for x in joined.xs)
+    asked: dict[str, Any] = {"inputs": xs}
+    if data.draw(st.booleans()):
+        asked = {"inputs": first, "additional_forward_args": (second,)}
+    method, layer = data.draw(st.sampled_from(METHODS)), ()
+    if data.draw(st.booleans()):
+        method, layer = f"Neuron{method}", (data.draw(st.sampled_from(["head", "relu3"])),)
+        one = st.integers(0, 2)
+        asked["neuron_selector"] = data.draw(
+            st.one_of(one, st.tuples(one), st.just((slice(1, 3),)))
+        )
+        asked["attribute_to_neuron_input"] = data.draw(st.booleans())
+    else:
+        classes = st.integers(0, 2)
+        asked["target"] = data.draw(st.one_of(classes, st.lists(classes, min_size=n, max_size=n)))
+    ours, want = joined.ours(method, *layer, **asked), joined.captums(method, *layer, **asked)
+    same(ours, want, 1e-8, kinks=False)
 
 
 @pytest.mark.parametrize("style", ["modules", "functional", "inplace", "reused"])
@@ -108,7 +121,7 @@ def test_what_breaks_hooks_changes_nothing(style: str, method: str) -> None:
     plain, net = seeded(Net("modules")), seeded(Net(style))
     image = images()
     want = getattr(ca, method)(plain).attribute(image, target=2).numpy()
-    got = getattr(om, method)(Both(net, (image,)).model).attribute(image.numpy(), target=2)
+    got = getattr(ox, method)(Both(net, (image,)).model).attribute(image.numpy(), target=2)
     same(got, want, 1e-5, kinks=False)
 
 
