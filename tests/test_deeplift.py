@@ -517,6 +517,10 @@ def test_refusals() -> None:
         lift = ox.DeepLift(operator(body, two))
         with pytest.raises(ox.NoRuleError, match=op_type):
             lift.attribute(draws(two))
+    with pytest.raises(ox.LayerError, match="does not depend"):
+        ox.LayerDeepLift(model(LINEAR), "r").attribute(
+            A, target=0, additional_forward_args=(B, ONE)
+        )
     whole = model(f"{HEAD} g (float[N, 2] x) => (float y) {{ y = ReduceMean<keepdims = 0>(x) }}")
     x = f32([[1, 2], [3, 4]])
     got, delta = ox.DeepLift(whole).attribute(x, return_convergence_delta=True)
@@ -551,6 +555,27 @@ def test_embeddings(rule: str) -> None:
     assert got.shape == (2, 3, 4)
     assert not got[1, 1].any()  # the baseline's token
     np.testing.assert_allclose(delta, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("kind", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_recurrent(kind: str, gates: int, rule: str) -> None:
+    """Gates are products."""
+    net = model(
+        f"""{HEAD} g (float[N, 5, 3] x) => (float[N, 4] y) {{
+            t = Transpose<perm = [1, 0, 2]>(x)
+            all, last = {kind}<hidden_size = 4>(t, w, r)
+            y = Squeeze(last, zero)
+        }}""",
+        {
+            "w": RNG.standard_normal((1, 4 * gates, 3)).astype(np.float32),
+            "r": RNG.standard_normal((1, 4 * gates, 4)).astype(np.float32),
+            "zero": np.asarray([0]),
+        },
+    )
+    x, start = RNG.standard_normal((2, 3, 5, 3)).astype(np.float32)
+    got, delta = ox.DeepLift(net, rule=rule).attribute(x, start, 1, return_convergence_delta=True)
+    np.testing.assert_allclose(delta, 0, atol=3e-6 * np.abs(got).sum())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "double"])

@@ -185,6 +185,12 @@ def test_attention_weights_are_weights() -> None:
     np.testing.assert_allclose(got, want.reshape(2, 4, 2, 2).sum(1, keepdims=True), rtol=1e-4)
 
 
+def test_a_layer_that_only_inhibits() -> None:
+    made, x = shared("m = Exp(x) t = Tanh(x) d = Sub(t, m) r = Relu(d)")
+    with pytest.raises(LayerError, match="never visits 'm'"):
+        ExcitationBackprop(made, "m", reshape_transform=lambda m: m).attribute(x)
+
+
 def test_negative_activations() -> None:
     text = f"""{HEAD}
     net (float[N, 1, 2, 2] x) => (float[N, 1] y) {{ flat = Flatten(x) y = MatMul(flat, w) }}"""

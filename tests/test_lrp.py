@@ -396,10 +396,10 @@ def test_sums_conserve(name: str) -> None:
 
 
 def test_a_sum_is_in_proportion_and_a_constant_absorbs_its_share() -> None:
-    got, y = relevance("a = Sigmoid(x) y = Add(a, c)", c=np.full(4, 0.5))
+    got, _ = relevance("a = Sigmoid(x) y = Add(a, c)", c=np.full(4, 0.5))
     a = 1 / (1 + np.exp(-X))
     np.testing.assert_allclose(got, a, rtol=1e-5)
-    got, y = relevance("y = Sub(c, x)", c=np.full((3, 4), 5.0))
+    got, _ = relevance("y = Sub(c, x)", c=np.full((3, 4), 5.0))
     np.testing.assert_allclose(got, -X, rtol=1e-5)
 
 
@@ -440,7 +440,7 @@ def test_the_scale_of_a_normalization_is_constant(name: str) -> None:
     }
     prefix = "axes = Constant<value_ints=[-1]>() " if "axes" in body else ""
     words = set(body.replace("(", " ").replace(")", " ").replace(",", " ").split())
-    got, y = relevance(prefix + body, **{k: v for k, v in weights.items() if k in words})
+    got, _ = relevance(prefix + body, **{k: v for k, v in weights.items() if k in words})
     x = X.astype(np.float64)
     mean = x.mean(axes, keepdims=True) if centered else 0.0
     scale = 1 / np.sqrt(((x - mean) ** 2).mean(axes, keepdims=True) + 1e-5)
@@ -486,17 +486,10 @@ GATED = {
 
 @pytest.mark.parametrize("name", GATED)
 def test_the_signal_takes_all(name: str) -> None:
-    (a, b), y = two(GATED[name])
+    with pytest.warns(UserWarning, match=r"no relevance goes from 'y' to 'a': .* zero"):
+        (a, b), y = two(GATED[name])
     assert not a.any()
-    np.testing.assert_allclose(b.sum((1, 2)), y.sum((1, 2)), rtol=1e-8)
-
-
-def test_the_only_explained_factor_is_the_signal() -> None:
-    text = f"""{HEAD}
-    net (double[N, 3, 3] a, double[N, 3, 3] b) => (double[N, 3, 3] y) {{ {GATED["softmax"]} }}"""
-    method = LRP(model(text), of="y")
-    got = method.attribute({"a": A}, (ALL, ALL), additional_forward_args={"b": B})
-    assert np.abs(got["a"]).sum() > 0.1
+    np.testing.assert_allclose(b.sum((1, 2)), y.sum((1, 2)), rtol=1e-6)
 
 
 def test_factors_that_nothing_tells_apart_share_alike() -> None:
@@ -517,12 +510,14 @@ def test_attnlrp_of_a_softmax() -> None:
 def test_a_layer_behind_gates_is_refused() -> None:
     text = f"""{HEAD}
     net (double[N, 3, 3] x) => (double[N, 3, 3] y) {{
-        q = MatMul(x, w) k = Mul(q, x) s = Softmax(k) y = MatMul(s, x) }}"""
+        q = MatMul(x, w) k = MatMul(q, x) s = Softmax(k) y = MatMul(s, x) }}"""
     made = model(text, {"w": RNG.standard_normal((3, 3))})
-    with pytest.raises(LayerError, match="'q'.*holds constant.*Uniform"):
+    with pytest.raises(LayerError, match=r"'q'.*holds constant.*Uniform"):
         LayerLRP(made, "q").attribute(A, (0, 0))
-    found = LayerLRP(made, "q", [("MatMul", lrp.Uniform())]).attribute(A, (0, 0))
-    assert np.abs(found).sum() > 0
+    alike = [("MatMul", lrp.Uniform())]
+    found, delta = LayerLRP(made, "q", alike).attribute(A, (0, 0), return_convergence_delta=True)
+    # Of the two factors the weights get half, and of their scores q gets half.
+    np.testing.assert_allclose(delta, 3 * found.sum((1, 2)), rtol=1e-5)
 
 
 # ---- conservation -------------------------------------------------------------------------------
@@ -636,9 +631,9 @@ def test_token_ids_and_a_table_row() -> None:
     s = (e @ weights["w"]).sum(1) + row @ weights["v"]
     slope = (np.tanh(s) / s)[rows, target]
     want = e * weights["w"].T[target][:, None] * slope[:, None, None]
-    np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-9)
     missing = np.tanh(s)[rows, target] - want.sum((1, 2))
-    np.testing.assert_allclose(delta, missing, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(delta, missing, rtol=1e-5, atol=1e-7)
     with pytest.raises(InputError, match="embedding layer 'e'"):
         LRP(made).attribute((ids, row), target)
 
@@ -702,12 +697,16 @@ def test_verbose_says_what_is_applied(capsys: pytest.CaptureFixture[str]) -> Non
 
 def chain() -> ox.Model:
     """Three layers: two that see x first, and one behind both."""
-    weights = {k: RNG.standard_normal((3, 3)) for k in "abc"}
+    weights = {
+        k: np.random.default_rng(5).uniform(-0.5, 1, (3, 3)) * (i + 1) for i, k in enumerate("abc")
+    }
     text = f"""{HEAD}
     net (double[N, 3] x) => (double[N, 3] y) {{
-        [/left/MatMul] h = MatMul(x, a) [/right/MatMul] k = MatMul(x, b)
-        [/join/Add] s = Add(h, k) [/act/Relu] r = Relu(s) [/head/Gemm] y = Gemm(r, c) }}"""
-    return model(text, weights)
+        h = MatMul(x, a) k = MatMul(x, b) s = Add(h, k) r = Relu(s) y = Gemm(r, c) }}"""
+    made = proto(text, **weights)
+    for node, scope in zip(made.graph.node, ("left", "right", "join", "act", "head"), strict=True):
+        node.name = f"/{scope}/{node.op_type}"
+    return ox.Model(made)
 
 
 SPECIAL = lrp.Flat()
@@ -727,7 +726,7 @@ SPECIAL = lrp.Flat()
     ],
 )
 def test_selectors(selector: Any, picked: str) -> None:
-    made, x = chain(), np.array([[1.0, -2.0, 0.5]])
+    made, x = chain(), np.array([[1.0, -0.5, 0.5]])
     named = {"first": ["h", "k"], "head": ["/head/Gemm"]}[picked]
     want = LRP(made, [(named, SPECIAL)]).attribute(x, 1)
     assert not np.allclose(want, LRP(made).attribute(x, 1))
@@ -742,7 +741,7 @@ def test_selectors(selector: Any, picked: str) -> None:
 
 
 def test_first_is_what_is_reached_first_from_the_explained_layer() -> None:
-    made, x = chain(), np.array([[1.0, -2.0, 0.5]])
+    made, x = chain(), np.array([[1.0, -0.5, 0.5]])
     got = LayerLRP(made, "r", [("first", SPECIAL)]).attribute(x, 1)
     want = LayerLRP(made, "r", [("head", SPECIAL)]).attribute(x, 1)
     np.testing.assert_array_equal(got, want)
@@ -797,7 +796,7 @@ def test_a_preset_that_names_no_layer_of_the_model() -> None:
     made = model(f"{HEAD} net (double[N, 3] x) => (double[N, 3] y) {{ y = Tanh(x) }}")
     for preset in lrp.PRESETS:
         rules = lrp.preset(preset, low=0, high=1)
-        with pytest.raises(LayerError, match="none of the rules.*Tanh"):
+        with pytest.raises(LayerError, match=r"none of the rules.*Tanh"):
             LRP(made, rules)
     np.testing.assert_allclose(LRP(made).attribute(SIMPLE, 0), [[np.tanh(1.0), 0, 0]])
 
@@ -822,28 +821,33 @@ def test_refused_options(make: Callable[[], Any], says: str) -> None:
 
 def test_rules_that_do_not_fit_a_named_layer() -> None:
     made, x = chain(), SIMPLE
-    with pytest.raises(InputError, match=r"ZPlus.*layer 'act'.*\\(Relu\\).*linear layers"):
+    with pytest.raises(InputError, match=r"ZPlus.*layer 'act'.*\(Relu\).*linear layers"):
         LRP(made, [("act", lrp.ZPlus())]).attribute(x, 0)
-    with pytest.raises(InputError, match="Uniform.*layer 'left'"):
+    with pytest.raises(InputError, match=r"Uniform.*layer 'left'"):
         LRP(made, [("left", lrp.Uniform())]).attribute(x, 0)
-    with pytest.raises(InputError, match=r"ZBox: low has shape \\(2,\\).*enters MatMul '/left"):
+    with pytest.raises(InputError, match=r"ZBox: low has shape \(2,\).*enters MatMul '/left"):
         LRP(made, [("first", lrp.ZBox(np.zeros(2), 1))]).attribute(x, 0)
     text = f"{HEAD} net (double[N, 3] x) => (double[N, 2] y) {{ [fc] y = MatMul(x, w) }}"
     narrow = model(text, {"w": np.ones((3, 2))})
-    with pytest.raises(InputError, match="Pass needs an output of the input's shape.*'fc'"):
+    with pytest.raises(InputError, match=r"Pass needs an output of the input's shape.*'fc'"):
         LRP(narrow, [("fc", lrp.Pass())]).attribute(x, 0)
 
 
-@pytest.mark.parametrize(
-    "body", ["y = ReduceLogSumExp<keepdims=1>(x, axes)", "y = ReduceProd<keepdims=1>(x, axes)"]
-)
-def test_an_operator_without_a_rule_is_refused(body: str) -> None:
-    text = f"{HEAD} net (float[N, 3] x) => (float[N, 1] y) {{ {body} }}"
-    made = model(text, {"axes": np.array([1])})
-    with pytest.raises(NoRuleError, match=body.split("= ")[1].split("<")[0]):
-        LRP(made).attribute(SIMPLE.astype(np.float32))
-    forced = LRP(made, [(body.split("= ")[1].split("<")[0], lrp.Epsilon())])
-    assert np.isfinite(forced.attribute(SIMPLE.astype(np.float32))).all()
+def test_an_operator_without_a_rule_is_refused() -> None:
+    text = f"{HEAD} net (float[N, 3] x) => (float[N, 1] y) {{ y = ReduceProd<keepdims=1>(x, a) }}"
+    made, x = model(text, {"a": np.array([1])}), SIMPLE.astype(np.float32)
+    with pytest.raises(NoRuleError, match="operator ReduceProd"):
+        LRP(made).attribute(x)
+    forced = LRP(made, [("ReduceProd", lrp.Epsilon())]).attribute(x)
+    np.testing.assert_allclose(forced, [[6, 6, 6]], rtol=1e-5)
+
+
+def test_an_operator_without_a_rule_goes_by_its_function_body() -> None:
+    text = f"""{HEAD}
+    net (float[N, 3] x) => (float[N, 1] y) {{ y = ReduceLogSumExp<keepdims=1>(x, a) }}"""
+    got = LRP(model(text, {"a": np.array([1])})).attribute(SIMPLE.astype(np.float32))
+    share = np.exp(SIMPLE) / np.exp(SIMPLE).sum()
+    np.testing.assert_allclose(got, share * np.log(np.exp(SIMPLE).sum()), rtol=1e-5)
 
 
 def test_a_zero_denominator() -> None:

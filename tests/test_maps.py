@@ -135,6 +135,7 @@ def test_smoothing_is_a_gaussian_filter(net: ox.Model) -> None:
     [
         ({"resize": (5,)}, "positive integers, .width, height."),
         ({"resize": (5, 0)}, "positive integers"),
+        ({"resize": 5}, "resize=5"),
         ({"resize": (5, 2.5)}, "positive integers"),
         ({"resize": True, "resize_mode": "linear"}, "2|bilinear"),
         ({"resize": True, "resize_mode": "lanczos"}, "lanczos"),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxplain.errors import InputError, UnsupportedModelError
+from onnxplain.errors import InputError, LayerError, UnsupportedModelError
 from onnxplain.graph.edit import BATCH, new_input, reads, twin, upstream
 from onnxplain.graph.emit import Emitter, dims, rank
 from onnxplain.graph.grad import backward, expand_functions
@@ -214,6 +214,13 @@ class DeepLift(Attribution):
             rules = rescale_rules(self._eps, self._softmax)
             expand_functions(op.graph, [of], wrt, rules)
             reference = self._twin(op, of, inputs)
+            still = next((v.name for v in wrt if v not in reference), None)
+            if still is not None:
+                raise LayerError(
+                    f"layer '{still}' does not depend on the explained input(s) "
+                    f"({', '.join(pairs.feeds.explained)}), so it does not differ from its "
+                    "reference; choose a layer behind them"
+                )
             if self._rule == "reveal-cancel":
                 rules = RevealCancel(reference, wrt, rules, self._eps, self.model.opset).rules
             found = backward(op, {of: seed}, wrt, rules, self.model.opset, reference)
@@ -243,7 +250,9 @@ class DeepLift(Attribution):
             reference = self._twin(op, of, inputs)
             return [_explained(op, of, reference.get(of, of), seed, pairs.at_once)]
 
-        return self._pass(pairs, "ends", write, rows, more=self._explained_inputs(pairs))[0]
+        return self._pass(pairs, "deep-lift ends", write, rows, more=self._explained_inputs(pairs))[
+            0
+        ]
 
     def _explained_inputs(self, question: Question) -> list[ir.Value]:
         inputs = {v.name: v for v in self.model.graph.graph.inputs}

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxplain.errors import LayerError
+from onnxplain.errors import LayerError, NotDifferentiableError
 from onnxplain.graph.edit import upstream
 from onnxplain.graph.emit import Emitter
 from onnxplain.graph.grad import backward, expand_functions
 from onnxplain.methods.base import Layers, Question
 from onnxplain.methods.maps import SaliencyMap, positive_total, total
-from onnxplain.methods.spatial import layer_name
+from onnxplain.methods.spatial import Transform, layer_name
 from onnxplain.model import Model, single
 from onnxplain.rules import Rules
 from onnxplain.rules.excitation import excitation, varies
@@ -54,7 +54,14 @@ class _Excitation(SaliencyMap):
             values=active.values,
             fixed=[*seeds, *wrt],
         )
-        return backward(op, seeds, wrt, Rules([table]), self.model.opset)
+        try:
+            return backward(op, seeds, wrt, Rules([table]), self.model.opset)
+        except NotDifferentiableError as error:
+            raise LayerError(
+                f"the walk never visits {' or '.join(repr(v.name) for v in wrt)}: every way there "
+                "leads through a weight (attention, a gate, a divisor) or what is subtracted; "
+                "choose a layer whose values are weighed"
+            ) from error
 
     def _back(
         self, op: Emitter, of: ir.Value, seed: ir.Value, wrt: list[ir.Value], *more: ir.Value
@@ -106,7 +113,7 @@ class ExcitationBackprop(_Excitation):
         saliency_layer: name of the layer (or a list of names) that the map is of; None: the inputs.
         ignore_negative: negative activations and pixels excite nothing; False: they count with
             their sign, as in TorchRay.
-        of, wrt: as in :class:`SaliencyMap`.
+        reshape_transform, of, wrt: as in :class:`SaliencyMap`.
 
     Source: Zhang et al., "Top-down Neural Attention by Excitation Backprop", 2016,
     arXiv:1608.00507, section 3.2. Unit: probability; a map that is neither resized nor smoothed
@@ -123,11 +130,12 @@ class ExcitationBackprop(_Excitation):
         model: Model,
         saliency_layer: Layers | None = None,
         ignore_negative: bool = False,
+        reshape_transform: Transform | None = None,
         *,
         of: str | None = None,
         wrt: Layers | None = None,
     ) -> None:
-        super().__init__(model, saliency_layer, of=of, wrt=wrt)
+        super().__init__(model, saliency_layer, reshape_transform, of=of, wrt=wrt)
         self.ignore_negative = ignore_negative
 
 
@@ -145,7 +153,7 @@ class ContrastiveExcitationBackprop(_Excitation):
         classifier_layer: name of the linear layer (a convolution, a matrix product) whose weights
             are flipped; None: the last one before the output. ``method.classifier`` names it.
         ignore_negative: as in :class:`ExcitationBackprop`.
-        of, wrt: as in :class:`SaliencyMap`.
+        reshape_transform, of, wrt: as in :class:`SaliencyMap`.
 
     Source: Zhang et al., 2016, arXiv:1608.00507, section 3.4. Unit: probability; only where the
     difference is positive.
@@ -165,11 +173,12 @@ class ContrastiveExcitationBackprop(_Excitation):
         contrast_layer: str | None = None,
         classifier_layer: str | None = None,
         ignore_negative: bool = False,
+        reshape_transform: Transform | None = None,
         *,
         of: str | None = None,
         wrt: Layers | None = None,
     ) -> None:
-        super().__init__(model, saliency_layer, of=of, wrt=wrt)
+        super().__init__(model, saliency_layer, reshape_transform, of=of, wrt=wrt)
         self.ignore_negative = ignore_negative
         explained, groups = self._resolve(False, False)
         node = _classifier(model, explained, classifier_layer)

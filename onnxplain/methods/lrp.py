@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxplain.errors import InputError, LayerError, NotDifferentiableError
-from onnxplain.graph.edit import BATCH, new_input
-from onnxplain.graph.emit import Emitter, dims, rank
-from onnxplain.graph.grad import backward, check_path, expand_functions
+from onnxplain.errors import InputError, LayerError
+from onnxplain.graph.edit import BATCH, new_input, upstream
+from onnxplain.graph.emit import Emitter, const_array, dims, is_float, rank
+from onnxplain.graph.grad import Active, backward, check_path, expand_functions
 from onnxplain.graph.names import scopes
 from onnxplain.methods.base import Attribution, Layers, Question
 from onnxplain.methods.forms import layer_form
@@ -213,29 +213,47 @@ class LRP(Attribution):
         known = Rules([Known(self._entries)])
         active = expand_functions(op.graph, [of], wrt, known)
         check_path(op.graph, [of], wrt, known)
+        before = (v for n in upstream(op.graph, wrt) for v in n.inputs if v is not None)
+        sources = [*wrt, *(v for v in before if is_float(v) and const_array(v) is None)]
         table = Propagation(
             "lrp",
             chosen=self._entries,
             nodes=active.nodes,
-            values=active.values,
+            values=Active(op.graph, [of], sources, known).values,
             fixed=[of, *wrt],
             log=log,
         )
+        rules = Rules([table])
+        reached = Active(op.graph, [of], wrt, rules).values
+        gated = [v for v in wrt if v not in reached]
+        if gated:
+            self._warn_of_gates(of, gated, len(gated) == len(wrt))
         relevance = op.Mul(of, seed)
         relevance.shape = of.shape
-        try:
-            found = backward(op, {of: relevance}, wrt, Rules([table]), self.model.opset)
-        except NotDifferentiableError as error:
-            names = ", ".join(f"'{v.name}'" for v in wrt)
-            raise LayerError(
-                f"no relevance goes from '{of.name}' to {names} (or to one of them): on every way "
-                "there is a factor that LRP holds constant, such as attention weights, a gate or a "
-                "divisor. Choose a layer on the way of the signal, or "
-                "rules=[(('MatMul', 'Mul', 'Einsum'), ox.lrp.Uniform())]"
-            ) from error
+        ends = [v for v in wrt if v in reached]
+        found = dict(
+            zip(ends, backward(op, {of: relevance}, ends, rules, self.model.opset), strict=True)
+        )
         per_example = not (rank(of) == 0 or isinstance(dims(of)[0], int))
         score = op.ReduceSum(relevance, list(range(int(per_example), rank(of))) or None)
-        return [*found, op.Reshape(score, [-1])]
+        return [
+            *(found[v] if v in found else op.full_like(v, 0.0) for v in wrt),
+            op.Reshape(score, [-1]),
+        ]
+
+    def _warn_of_gates(self, of: ir.Value, gated: Sequence[ir.Value], nothing: bool) -> None:
+        """Say what gets no relevance; refuse when there is nothing else."""
+        names = ", ".join(f"'{v.name}'" for v in gated)
+        said = (
+            f"no relevance goes from '{of.name}' to {names}: on every way there is a factor that "
+            "LRP holds constant, such as attention weights, a gate or a divisor. "
+        )
+        if nothing:
+            raise LayerError(
+                f"{said}Choose a layer on the way of the signal, or let factors share alike: "
+                "rules=[(('MatMul', 'Mul', 'Einsum'), ox.lrp.Uniform())]"
+            )
+        warnings.warn(f"{said}Its relevance is zero", stacklevel=2)
 
 
 def _print(rule: PropagationRule, node: ir.Node) -> None:

@@ -24,6 +24,7 @@ from onnxplain.methods.modified import ModifiedActivations
 from onnxplain.methods.spatial import (
     Grid,
     Image,
+    Transform,
     channel_axis,
     grid,
     image,
@@ -89,6 +90,9 @@ class SaliencyMap(Attribution):
     Args:
         model: the model.
         saliency_layer: name of the layer (or a list of names) that the map is of; None: the inputs.
+            Channels and space are found as for :class:`ClassActivationMap`.
+        reshape_transform: instead of that, a function that makes maps [N, C, *spatial] of an array
+            of the layer's shape by selecting and rearranging its values.
         of, wrt: names of layers, see :class:`Attribution`; ``wrt`` is another name of
             ``saliency_layer``.
 
@@ -106,11 +110,13 @@ class SaliencyMap(Attribution):
         self,
         model: Model,
         saliency_layer: Layers | None = None,
+        reshape_transform: Transform | None = None,
         *,
         of: str | None = None,
         wrt: Layers | None = None,
     ) -> None:
         super().__init__(model, of=of, wrt=saliency_layer if wrt is None else wrt)
+        self.reshape_transform = reshape_transform
 
     def attribute(
         self,
@@ -198,7 +204,7 @@ class SaliencyMap(Attribution):
         where: Grid | None = None
         if not value.is_graph_input():
             seen = layer_image(self.model, value, question.feeds.arrays)
-            where = grid(value, shape, seen.sizes)
+            where = grid(value, shape, seen.sizes, self.reshape_transform)
             hint = nearest(self.model, value)
         elif (found := image(value, self._first_wider(value), shape)) is not None:
             seen, hint = found, ""
@@ -229,8 +235,9 @@ def _finish(
     if resize is True:
         sizes = tuple(s for s in seen.sizes if s is not None)
     elif resize is not False:
-        sizes = tuple(resize)[::-1]
-        if len(sizes) != len(where.sizes) or not all(isinstance(s, int) and s > 0 for s in sizes):
+        sizes = tuple(resize)[::-1] if isinstance(resize, tuple | list) else ()
+        whole = all(isinstance(s, int | np.integer) and s > 0 for s in sizes)
+        if len(sizes) != len(where.sizes) or not whole:
             raise InputError(
                 f"resize={resize!r} is no size of a map with {len(where.sizes)} spatial axes: give "
                 "True, False or positive integers, (width, height)"
@@ -307,11 +314,12 @@ class _ModifiedMap(_ModifiedBackward):
         model: Model,
         saliency_layer: Layers | None = None,
         activations: str | Sequence[str] = "relu",
+        reshape_transform: Transform | None = None,
         *,
         of: str | None = None,
         wrt: Layers | None = None,
     ) -> None:
-        super().__init__(model, saliency_layer, of=of, wrt=wrt)
+        super().__init__(model, saliency_layer, reshape_transform, of=of, wrt=wrt)
         self._modify(activations)
 
 

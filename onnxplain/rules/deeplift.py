@@ -456,7 +456,8 @@ class RevealCancel:
             if k in parts:
                 given[k] = parts[k]
             elif x is not None and k in _OFFSETS.get(n.node.op_type, ()):
-                given[k] = op.full_like(x, 0.0)
+                known = n.const(k)
+                given[k] = op.full_like(x, 0.0) if known is None else op.const(known * 0)
         return n.again(op, *given).y[0]
 
     # ---- backward: multipliers --------------------------------------------------------------
@@ -481,23 +482,21 @@ class RevealCancel:
         if kind == "other" or n.y[0] not in self._excess:
             return self._base.gradient(op, n, g)
         both = g, self._negative(op, n.y[0], g)
-        up, down = self._split(op, n)
+        up, down = (
+            operands and [VJP.gradient(op, n.on(operands, n.y), m) for m in both]
+            for operands in self._split(op, n)
+        )
         found: list[Any] = [None] * len(n.x)
         for k in _moving(n):
             if n.needs(k):
-                order = both[::-1] if _flips(n, k) else both
-                sides = [self._back(op, n, k, up, m) for m in order]
+                sides: list[Any] = [up[side ^ _flips(n, k)][k] for side in (0, 1)]
                 if down is not None:
-                    more = (self._back(op, n, k, down, m) for m in order[::-1])
-                    sides = [op.Add(a, b) for a, b in zip(sides, more, strict=True)]
+                    sides = [op.Add(m, down[1 - side][k]) for side, m in enumerate(sides)]
                 if kind == "move":
                     found[k] = self._hand_on(op, n.x[k], *sides)
                 else:
                     found[k] = _by_sign(op, _difference(op, n.x[k], n.x0[k]), *sides)
         return found
-
-    def _back(self, op: Emitter, n: Call, k: int, operands: Sequence[Any], m: Any) -> Any:
-        return _derivative(op, n.on(operands, n.y, [i == k for i in range(len(n.x))]), k, m)
 
     def _negative(self, op: Emitter, value: ir.Value, g: ir.Value) -> ir.Value:
         """The multiplier of a value's negative part, from that of its positive part."""

@@ -128,6 +128,20 @@ class Added:
     y: ir.Value
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a rule is applied.
+
+    ``varying``: the inputs that depend on what is explained, whether relevance is wanted there or
+    not; ``carried``: those of them that the rule does not hold constant; ``added``: the bias that
+    is added behind the node.
+    """
+
+    varying: tuple[int, ...]
+    carried: tuple[int, ...]
+    added: Added | None = None
+
+
 def redistribute(
     op: Emitter,
     n: Call,
@@ -362,7 +376,7 @@ class PropagationRule:
         return explained
 
     def _propagate(
-        self, op: Emitter, n: Call, r: Sequence[ir.Value], added: Added | None
+        self, op: Emitter, n: Call, r: Sequence[ir.Value], at: Place
     ) -> list[ir.Value | None]:
         """The relevance of each input from that of each output."""
         raise NotImplementedError
@@ -399,11 +413,11 @@ class _Redistribution(PropagationRule):
         return bool(weights(node, explained))
 
     def _propagate(
-        self, op: Emitter, n: Call, r: Sequence[ir.Value], added: Added | None
+        self, op: Emitter, n: Call, r: Sequence[ir.Value], at: Place
     ) -> list[ir.Value | None]:
         if n.node.op_type in _SCALED:
             return [_normalization(op, n, r[0], self.stabilizer)]
-        return redistribute(op, n, r[0], self._shares(), self.stabilizer, added)
+        return redistribute(op, n, r[0], self._shares(), self.stabilizer, at.added)
 
 
 @dataclass(frozen=True)
@@ -596,7 +610,7 @@ class ZBox(_Redistribution):
         )
 
     def _propagate(
-        self, op: Emitter, n: Call, r: Sequence[ir.Value], added: Added | None
+        self, op: Emitter, n: Call, r: Sequence[ir.Value], at: Place
     ) -> list[ir.Value | None]:
         x = next(v for i, v in enumerate(n.x) if n.needs(i))
         shown = dims(x)
@@ -609,7 +623,7 @@ class ZBox(_Redistribution):
                     f"ZBox: {name} has shape {bound.shape}, which does not broadcast against what "
                     f"enters {n.node.op_type} '{n.node.name}': {shown}"
                 )
-        return super()._propagate(op, n, r, added)
+        return super()._propagate(op, n, r, at)
 
 
 @dataclass(frozen=True)
@@ -655,7 +669,7 @@ class Pass(PropagationRule):
         return len(explained) == 1
 
     def _propagate(
-        self, op: Emitter, n: Call, r: Sequence[ir.Value], added: Added | None
+        self, op: Emitter, n: Call, r: Sequence[ir.Value], at: Place
     ) -> list[ir.Value | None]:
         found: list[ir.Value | None] = [None] * len(n.x)
         for i, x in enumerate(n.x):
@@ -681,7 +695,7 @@ class Move(PropagationRule):
         return True
 
     def _propagate(
-        self, op: Emitter, n: Call, r: Sequence[ir.Value], added: Added | None
+        self, op: Emitter, n: Call, r: Sequence[ir.Value], at: Place
     ) -> list[ir.Value | None]:
         return VJP.gradient(op, n, *r)
 
@@ -703,7 +717,7 @@ class Signal(PropagationRule):
     stabilizer: float = 1e-9
 
     def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
-        return node.op_type in _PRODUCTS
+        return len(_factors(node, explained)) > 1
 
     def _carries(
         self, node: ir.Node, explained: Sequence[int], values: Collection[ir.Value]
@@ -726,13 +740,12 @@ class Signal(PropagationRule):
         return [i for i in explained if i != gate]
 
     def _propagate(
-        self, op: Emitter, n: Call, r: Sequence[ir.Value], added: Added | None
+        self, op: Emitter, n: Call, r: Sequence[ir.Value], at: Place
     ) -> list[ir.Value | None]:
-        explained = [i for i in range(len(n.x)) if n.needs(i)]
-        if len(_factors(n.node, explained)) > 1:
-            return Uniform(self.stabilizer)._propagate(op, n, r, added)
+        if len(_factors(n.node, at.carried)) > 1:
+            return Uniform(self.stabilizer)._propagate(op, n, r, at)
         rule = Pass() if n.node.op_type in ("Mul", "Div", "Pow") else Norm(self.stabilizer)
-        return rule._propagate(op, n, r, added)
+        return rule._propagate(op, n, r, at)
 
 
 @dataclass(frozen=True)
@@ -747,14 +760,13 @@ class Uniform(PropagationRule):
     stabilizer: float = 1e-9
 
     def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
-        return node.op_type in _PRODUCTS and node.op_type not in ("Div", "Pow")
+        return len(_factors(node, explained)) > 1 and node.op_type not in ("Div", "Pow")
 
     def _propagate(
-        self, op: Emitter, n: Call, r: Sequence[ir.Value], added: Added | None
+        self, op: Emitter, n: Call, r: Sequence[ir.Value], at: Place
     ) -> list[ir.Value | None]:
-        factors = [i for i in range(len(n.x)) if n.needs(i)]
-        shares = [Share((Term(),), 1.0 / len(factors))]
-        return redistribute(op, n, r[0], shares, self.stabilizer, added)
+        shares = [Share((Term(),), 1.0 / max(len(_factors(n.node, at.varying)), 1))]
+        return redistribute(op, n, r[0], shares, self.stabilizer, at.added)
 
 
 def _normalization(op: Emitter, n: Call, r: ir.Value, stabilizer: float) -> Any:
@@ -780,12 +792,12 @@ def _normalization(op: Emitter, n: Call, r: ir.Value, stabilizer: float) -> Any:
 _PRODUCTS = frozenset((*LINEAR, "Mul", "Div", "Pow"))
 _FUNCTIONS = (
     "Relu LeakyRelu PRelu Elu Selu Celu Gelu Sigmoid HardSigmoid Tanh Softplus Softsign Mish "
-    "HardSwish Swish ThresholdedRelu Shrink Clip Softmax LogSoftmax Identity Cast CastLike Dropout "
+    "HardSwish Swish ThresholdedRelu Shrink Clip Softmax LogSoftmax Identity Cast Dropout "
     "Neg Abs Exp Log Sqrt Reciprocal Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh Erf "
     "LRN LpNormalization"
 ).split()
 QUANTIZERS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
-_SELECTIONS = "MaxPool GlobalMaxPool ReduceMax ReduceMin Max Min Where".split()
+_SELECTIONS = "MaxPool GlobalMaxPool ReduceMax ReduceMin Max Min Where CastLike".split()
 _MOVED = [t for table in (shape.TABLE, indexing.TABLE) for _, t in table.entries if t != "OneHot"]
 _HOMOGENEOUS = "ReduceL1 ReduceL2 LpPool GlobalLpPool BatchNormalization".split()
 
@@ -926,7 +938,9 @@ class Propagation(RuleTable):
     Attributes:
         chosen: rules by selector.
         nodes: the nodes between the sources and the explained value, in order.
-        values: their values that depend on the sources.
+        values: those that depend on what is explained. Where that is a layer, they include what
+            depends on the same inputs as the layer does, so that relevance does not depend on the
+            layer that is asked for.
         fixed: values that must get their own relevance: sources and the explained value.
         log: told of each rule and node.
     """
@@ -942,7 +956,7 @@ class Propagation(RuleTable):
     def __post_init__(self) -> None:
         behind: set[ir.Value] = set()
         for node in self.nodes:
-            linear = bool(weights(node, self._explained(node)))
+            linear = bool(weights(node, self._varying(node)))
             if linear and behind.isdisjoint(v for v in node.inputs if v is not None):
                 self._first.add(node)
             if linear or not behind.isdisjoint(v for v in node.inputs if v is not None):
@@ -954,16 +968,18 @@ class Propagation(RuleTable):
             self._check(entry)
 
     def find(self, node: ir.Node) -> Rule | None:
-        explained = self._explained(node)
+        varying = self._varying(node)
         rule: PropagationRule | None = next(
-            (e.rule for e in self.chosen if self._picks(e, node) and e.rule._fits(node, explained)),
-            _default(node, explained),
+            (e.rule for e in self.chosen if self._picks(e, node) and e.rule._fits(node, varying)),
+            _default(node, varying),
         )
         if node in self._biases:
             rule = Pass()
         if rule is None:
             return None
         chosen = rule
+        carried = tuple(rule._carries(node, varying, self.values))
+        at = Place(varying, carried, self._added.get(node))
 
         def function(op: Emitter, n: Call, *r: ir.Value) -> list[ir.Value | None]:
             if self.log is not None:
@@ -971,15 +987,14 @@ class Propagation(RuleTable):
             if r[0].dtype in _HALF:
                 n = n.on([_single(op, v) for v in n.x], [_single(op, v) for v in n.y])
                 r = tuple(_single(op, v) for v in r)
-            return chosen._propagate(op, n, r, self._added.get(node))
+            return chosen._propagate(op, n, r, at)
 
-        carried = tuple(rule._carries(node, explained, self.values))
         return Rule(function, quantizes=node.op_type in QUANTIZERS, operands=carried)
 
     def _picks(self, entry: Entry, node: ir.Node) -> bool:
         return node in self._first if entry.selects is None else entry.selects(node)
 
-    def _explained(self, node: ir.Node) -> tuple[int, ...]:
+    def _varying(self, node: ir.Node) -> tuple[int, ...]:
         return tuple(i for i, v in enumerate(node.inputs) if v in self.values)
 
     def _bias_behind(self, node: ir.Node) -> Added | None:
@@ -1004,7 +1019,7 @@ class Propagation(RuleTable):
         picked = [n for n in self.nodes if self._picks(entry, n) and n not in self._biases]
         if entry.layer is None or not picked:
             return
-        if not any(entry.rule._fits(n, self._explained(n)) for n in picked):
+        if not any(entry.rule._fits(n, self._varying(n)) for n in picked):
             kinds = ", ".join(sorted({n.op_type for n in picked}))
             raise InputError(
                 f"{entry.rule} was chosen for layer '{entry.layer}', which has no operator it fits "

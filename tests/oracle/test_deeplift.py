@@ -30,8 +30,6 @@ import onnxplain as ox
 from tests.oracle.both import Both, arrays, flat, same
 from tests.oracle.nets import IMAGE_NETS, SMALL_NETS, SmallCNN, build, example
 
-RULES = ("rescale", "reveal-cancel")
-
 
 class Copied(nn.Module):
     """A new tensor with the same values: hooks on it are not those of the layer before."""
@@ -110,6 +108,8 @@ def network(name: str) -> Both:
         net, xs = build(name), example(name, 2, seed=4)
     else:
         net = getattr(basic_models, name)()
+        for p in net.parameters():  # Captum's are ones, which its softmax rule maps to zero
+            nn.init.normal_(p, std=0.5)
         axes = {"1": 1, "3": 3}.get(name.removesuffix("d")[-1], 2)
         xs = (torch.randn(3, 1, *[10] * axes),)
     both = Both(net.eval().requires_grad_(False), xs)
@@ -235,14 +235,16 @@ def test_reused_modules() -> None:
 def test_summation_to_delta(name: str) -> None:
     both = Both(build(name), example(name, 2, seed=4))
     xs, target = arrays(both.xs), [1, 4]
-    for rule in RULES:
-        method: ox.DeepLift
-        if name == "transformer":
-            method = ox.LayerDeepLift(both.model, both.model.embedding_layer("ids"), rule=rule)
-            starts = tuple(np.where(x == 0, 0, (x + 7) % 49 + 1) for x in xs)  # padding stays
-        else:
-            method = ox.DeepLift(both.model, rule=rule)
-            starts = tuple(0.3 * x[::-1] + x.dtype.type(0.1) for x in xs)
-        got, delta = method.attribute(xs, starts, target, return_convergence_delta=True)
-        values = both.model(xs)["logits"] - both.model(starts)["logits"]
-        assert (np.abs(delta) <= 1e-4 * np.abs(values[range(2), target])).all(), delta
+    starts = tuple(0.3 * x[::-1] + x.dtype.type(0.1) for x in xs)
+    method: Any = ox.DeepLift
+    if name == "transformer":  # padding stays where it is
+        starts = tuple(np.where(x == 0, 0, (x + 7) % 49 + 1) for x in xs)
+        method = functools.partial(ox.LayerDeepLift, layer="embedding")
+    values = both.model(xs)["logits"] - both.model(starts)["logits"]
+    size = np.abs(values[range(2), target])
+    small = name in (*SMALL_NETS, "resnet18", "vit_tiny_patch16_224")
+    for rule in ("rescale", "reveal-cancel") if small else ("rescale",):
+        _, delta = method(both.model, rule=rule).attribute(
+            xs, starts, target, return_convergence_delta=True
+        )
+        assert (np.abs(delta) <= 1e-4 * size).all(), (rule, delta, size)
