@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import OnnxplainError, TargetError
+from .errors import InputError, OnnxplainError, TargetError
 
 if TYPE_CHECKING:
     from .inputs import Preprocessing, Sample
@@ -40,6 +40,8 @@ _IN_PYTHON = {
     "set examples_axis for": "give --examples-axis NAME=N (or NAME=none) for",
     "(layer=)": "(--layer)",
     "layer= in ox.explain": "--layer",
+    "ox.methods() lists": "'onnxplain methods' lists",
+    "(baselines=)": "(--baseline FILE)",
     "(n_steps)": "(--option n_steps=200)",
 }
 
@@ -370,17 +372,12 @@ def layers(model: str, pattern: str | None, as_json: bool, **how: Any) -> None:
 
 def _method(name: str) -> Any:
     """The registry's entry for a method; unknown names are wrong usage."""
-    from .methods import registry
+    from .methods import find
 
-    known = registry()
-    name = name.lower().replace("_", "-")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 3) or list(known)
-        raise click.UsageError(
-            f"there is no method {name!r}; did you mean {', '.join(near)}? "
-            "'onnxplain methods' lists them all"
-        )
-    return known[name]
+    try:
+        return find(name)
+    except InputError as error:
+        raise click.UsageError(_in_flags(str(error))) from None
 
 
 @main.command()
@@ -398,7 +395,12 @@ def methods(name: str | None, as_json: bool) -> None:
     (info,) = infos
     click.echo(f"{info.title} ({info.name})\n{info.summary}\n")
     rows = [("paper", info.paper), ("needs", ", ".join(info.needs)), ("check", info.check)]
-    typed = [f"--option {key}={_typed(value)}" for key, value in info.options.items()]
+    typed = [
+        f"--option {key}={_typed(value)}"
+        + (f"  (one of {', '.join(info.choices[key])})" if key in info.choices else "")
+        for key, value in info.options.items()
+        if not re.search("Callable|Transform", info.annotations[key])  # for Python alone
+    ]
     rows += [("" if i else "defaults", option) for i, option in enumerate(typed)]
     click.echo(_columns(row for row in rows if row[1]))
 
@@ -406,10 +408,13 @@ def methods(name: str | None, as_json: bool) -> None:
 def _method_facts(info: Any) -> dict[str, Any]:
     keys = ("name", "title", "summary", "paper", "needs", "check")
     options = {key: _plain(value) for key, value in info.options.items()}
-    return {**{key: _plain(getattr(info, key)) for key in keys}, "options": options}
+    facts = {key: _plain(getattr(info, key)) for key in keys}
+    return {**facts, "options": options, "choices": _plain(info.choices)}
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, bool | int | float | str) else repr(value)

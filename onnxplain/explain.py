@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from onnxplain._version import VERSION
 from onnxplain.errors import InputError, OnnxplainError
 from onnxplain.graph.emit import is_float
 from onnxplain.graph.grad import check_path
-from onnxplain.methods import MethodInfo, registry
+from onnxplain.methods import MethodInfo, find
 from onnxplain.methods.base import Attribution
 from onnxplain.methods.target import target_indices
 from onnxplain.model import Model, single
@@ -74,11 +74,8 @@ def explain(
         raise InputError(
             f"model is {type(model).__name__}, not an onnxplain.Model; wrap it: ox.Model(path)"
         )
-    methods = registry()
-    if method not in methods:
-        raise InputError(f"there is no method '{method}'; the methods are {', '.join(methods)}")
     options = {**(method_options or {}), **options}
-    info = methods[method].around(options)
+    info = find(method).around(options)
     _check_options(info, options, baselines)
     feeds = model.feeds(inputs, additional_forward_args)
     if not feeds.count or not feeds.explained:
@@ -109,16 +106,19 @@ def explain(
         if gap is None or not (gap > GOOD_DELTA).any():
             break
     used = layer if layer is not None else getattr(made, "layer", None)
+    over = made.laid_over(feeds)
     if by_inputs:
         arrays, form = _by_input(result, feeds, embedded), feeds.form
         arrays = {k: np.moveaxis(v, model.axes[k] or 0, 0) for k, v in arrays.items()}
     else:
-        arrays, form = _by_layer(result, used or made.wrt[0])
+        parts = list(result) if isinstance(result, tuple | list) else [result]
+        names = over or [used or made.wrt[0]] * len(parts)
+        arrays, form = _by_name(parts, names)
     given = {"neuron": neuron} if neuron is not None else {}
     given |= {"seed": seed} if "random" in info.needs else {}
     record = {"baselines": _described(baselines)} if info.takes_baselines else {}
     explanation = Explanation(
-        method=method,
+        method=info.name,
         inputs={k: feeds.arrays[k] for k in feeds.explained},
         arrays=arrays,
         form=form,  # type: ignore[arg-type]
@@ -268,12 +268,13 @@ def _by_input(result: Any, feeds: Feeds, embedded: Mapping[str, str]) -> dict[st
     return {k: v.sum(axis=-1) if k in embedded else v for k, v in named.items()}
 
 
-def _by_layer(result: Any, layer: str) -> tuple[dict[str, np.ndarray], str]:
-    """Attributions by layer name, and their form."""
-    parts = list(result) if isinstance(result, tuple | list) else [result]
+def _by_name(
+    parts: Sequence[np.ndarray], names: Sequence[str]
+) -> tuple[dict[str, np.ndarray], str]:
+    """Attributions by the name of a layer, or of what they are laid over, and their form."""
     if len(parts) == 1:
-        return {layer: parts[0]}, "array"
-    return {f"{layer}.{i}": part for i, part in enumerate(parts)}, "tuple"
+        return {names[0]: parts[0]}, "array"
+    return {f"{n}.{i}": p for i, (n, p) in enumerate(zip(names, parts, strict=True))}, "tuple"
 
 
 def _steps(info: MethodInfo, options: Mapping[str, Any], model: Model) -> tuple[int | None, ...]:
@@ -315,6 +316,13 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model) ->
             f"take more samples ({more})",
         ),
     }
+    sizes = [np.abs(a).reshape(len(a), -1).max(axis=1) for a in explanation.arrays.values()]
+    if zero := [int(i) for i in np.flatnonzero(np.max(sizes, axis=0) == 0)]:
+        warnings.warn(
+            f"the attributions of {_listed(zero, explanation)} are all zero: nothing comes back to "
+            "what it is explained by; try another method, layer or target",
+            stacklevel=3,
+        )
     for check, (limit, problem, advice) in told.items():
         found = explanation.checks.get(check)
         if found is None:

@@ -670,6 +670,17 @@ def test_one_number_for_the_batch() -> None:
     np.testing.assert_allclose(delta, [0], atol=1e-6)
 
 
+def test_a_fixed_batch_runs_in_groups() -> None:
+    k = floats(2, 3)
+    made = model(f"{HEAD} net (float[2, 3] x) => (float[2, 3] y) {{ y = Add(x, k) }}", {"k": k})
+    assert made.fixed_batch == 2
+    x = floats(5, 3)
+    found, delta = LRP(made).attribute(x, [0, 1, 2, 0, 1], return_convergence_delta=True)
+    rows, target = np.arange(5), [0, 1, 2, 0, 1]
+    np.testing.assert_allclose(found[rows, target], x[rows, target], rtol=1e-5)
+    np.testing.assert_allclose(delta, k[rows % 2, target], rtol=1e-4, atol=1e-6)
+
+
 def test_layers_of_one_branch_and_the_input_of_a_layer() -> None:
     """A bias behind a matrix product belongs to it, unless the product itself is asked for."""
     w, b = RNG.standard_normal((3, 4)), RNG.standard_normal(4)
@@ -825,7 +836,7 @@ def test_rules_that_do_not_fit_a_named_layer() -> None:
         LRP(made, [("act", lrp.ZPlus())]).attribute(x, 0)
     with pytest.raises(InputError, match=r"Uniform.*layer 'left'"):
         LRP(made, [("left", lrp.Uniform())]).attribute(x, 0)
-    with pytest.raises(InputError, match=r"ZBox: low has shape \(2,\).*enters MatMul '/left"):
+    with pytest.raises(InputError, match=r"ZBox: low has shape \(2,\).*enters MatMul '/"):
         LRP(made, [("first", lrp.ZBox(np.zeros(2), 1))]).attribute(x, 0)
     text = f"{HEAD} net (double[N, 3] x) => (double[N, 2] y) {{ [fc] y = MatMul(x, w) }}"
     narrow = model(text, {"w": np.ones((3, 2))})

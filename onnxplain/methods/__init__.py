@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -209,13 +211,14 @@ class MethodInfo:
         name, title, summary, paper: what it is.
         cls: its class.
         options: its options and their defaults.
-        needs: "gradient", "layer", "neuron", "image", "random".
+        needs: "gradient", "layer", "neuron", "image", "random", "baselines" (a distribution).
         explains: what the result has the shape of: "inputs" or "layer".
         check: what its check figure means.
         takes_target, takes_baselines, takes_layer: what else it can be asked with.
         takes_any_layer: whether it can be asked by other layers than its own (``wrt``).
         made_with: the options that the constructor takes; the others are those of ``attribute``.
         annotations: the type annotation of each option.
+        choices: the words that an option takes, where these are few.
         inside: what the method goes around (noise tunnel); the question and its own options are
             those of this one.
     """
@@ -235,6 +238,7 @@ class MethodInfo:
     takes_any_layer: bool
     made_with: frozenset[str]
     annotations: dict[str, str]
+    choices: dict[str, tuple[str, ...]]
     inside: MethodInfo | None = None
 
     def around(self, options: Mapping[str, Any]) -> MethodInfo:
@@ -245,11 +249,10 @@ class MethodInfo:
         """
         if self.inside is None:
             return self
-        name, known = options.get("attribution_method", self.inside.name), registry()
-        if name not in known or name == self.name:
-            others = ", ".join(k for k in known if k != self.name)
-            raise InputError(f"attribution_method: no method '{name}' to go around; give {others}")
-        return _tunnel(known[name])
+        inside = find(options.get("attribution_method", self.inside.name))
+        if inside.inside is not None:
+            raise InputError(f"attribution_method: '{self.name}' can't go around itself")
+        return _tunnel(inside)
 
     def make(
         self,
@@ -276,6 +279,28 @@ def registry() -> dict[str, MethodInfo]:
     return known
 
 
+def find(name: str) -> MethodInfo:
+    """A method by its name, or by that of its class; case, dashes and underscores don't matter.
+
+    Raises:
+        InputError: there is none; names the nearest.
+    """
+    known = registry()
+    if name in known:
+        return known[name]
+    names = {_plain(info.cls.__name__): info.name for info in known.values()}
+    names |= {_plain(k): k for k in known}
+    if _plain(name) in names:
+        return known[names[_plain(name)]]
+    near = difflib.get_close_matches(_plain(name), names, 3, 0.5)
+    hint = f"did you mean {', '.join(dict.fromkeys(names[k] for k in near))}? " if near else ""
+    raise InputError(f"there is no method {name!r}; {hint}ox.methods() lists all {len(known)}")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9+]", "", str(name).lower())
+
+
 def _tunnel(inside: MethodInfo) -> MethodInfo:
     """The noise tunnel around a method: asked as that one, with the options of both."""
     own = _info(NoiseTunnel)
@@ -291,6 +316,7 @@ def _tunnel(inside: MethodInfo) -> MethodInfo:
         check=own.check,
         made_with=inside.made_with | {"attribution_method"},
         annotations={**inside.annotations, **own.annotations, "attribution_method": "str"},
+        choices={**inside.choices, **own.choices},
         inside=inside,
     )
 
@@ -306,6 +332,7 @@ def _info(cls: type[Attribution]) -> MethodInfo:
     }
     options = {name: p.default for name, p in chosen.items()}
     summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+    summary = re.sub(r":\w+:`~?\.?([^`]*)`", r"\1", summary)
     return MethodInfo(
         name=cls.name,
         title=cls.title,
@@ -322,4 +349,11 @@ def _info(cls: type[Attribution]) -> MethodInfo:
         takes_any_layer="wrt" in made,
         made_with=frozenset(made) & frozenset(options),
         annotations={name: str(p.annotation) for name, p in chosen.items()},
+        choices=_literals(chosen) | {name: tuple(words) for name, words in cls.choices.items()},
     )
+
+
+def _literals(parameters: Mapping[str, inspect.Parameter]) -> dict[str, tuple[str, ...]]:
+    """The words of options that are annotated with them."""
+    found = {k: re.search(r"Literal\[([^]]*)\]", str(p.annotation)) for k, p in parameters.items()}
+    return {k: tuple(re.findall(r"[\"']([^\"']+)[\"']", m[1])) for k, m in found.items() if m}

@@ -113,9 +113,13 @@ class Attribution:
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ("gradient",)
+    """What it needs: a "gradient", a "layer", a "neuron", an "image", "random" numbers (a seed), a
+    distribution of "baselines"."""
     check: ClassVar[str] = "none"
     explains: ClassVar[str] = "inputs"
     """What the result has the shape of: "inputs" or "layer"."""
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """The words that an option takes."""
     multiplies_by_inputs: bool = False
 
     def __init__(self, model: Model, *, of: str | None = None, wrt: Layers | None = None) -> None:
@@ -132,6 +136,8 @@ class Attribution:
         self.model = model
         if wrt is not None and not isinstance(wrt, str | list | tuple):
             raise LayerError(f"a layer is a name or a list of names, not {wrt!r}")
+        if wrt is None and self.explains == "layer" and "layer" in self.needs:
+            raise LayerError("no layer was given: name one; model.layers() lists them")
         if isinstance(wrt, list | tuple) and not wrt:
             raise LayerError("the list of layers is empty: name at least one")
         self._of = of
@@ -153,6 +159,10 @@ class Attribution:
     def has_convergence_delta(self) -> bool:
         """Whether :meth:`attribute` can return a convergence delta."""
         return False
+
+    def laid_over(self, feeds: Feeds) -> list[str] | None:
+        """The inputs in whose coordinates the result is, where it is not in those of its source."""
+        return None
 
     def explain(self, **arguments: Any) -> tuple[Any, dict[str, np.ndarray]]:
         """The result of :meth:`attribute` and figures by name that tell how far to trust it."""
@@ -396,6 +406,17 @@ def emit_attribution(op: Emitter, value: ir.Value, name: str, source: ir.Value) 
     out = op.Cast(value, to=ir.DataType.FLOAT) if value.dtype in HALVES else op.Identity(value)
     out.name, out.shape = name, source.shape if value.shape is None else value.shape
     op.graph.outputs.append(out)
+
+
+def flag(name: str, value: Any) -> bool:
+    """An argument that is True or False.
+
+    Raises:
+        InputError: it is something else (in Captum, another argument may stand at its place).
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{name} is True or False, not {value!r}")
+    return bool(value)
 
 
 def _integers(d: Sequence[Any]) -> tuple[int, ...] | None:

@@ -47,8 +47,8 @@ def distributions(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.nd
     """
     if baselines is None:
         raise InputError(
-            "no baselines were given: this method averages over a distribution of them; pass at "
-            "least two examples of the input's shape, such as rows of the training data"
+            "no baselines were given (baselines=): this method averages over a distribution of "
+            "them; give two or more examples of the input's shape, such as rows of training data"
         )
     found = _arrays(model, feeds, baselines)
     counts = {name: len(array) for name, array in found.items()}

@@ -18,7 +18,13 @@ from onnxplain.errors import LayerError
 from onnxplain.graph.emit import Emitter, dims, rank
 from onnxplain.graph.grad import backward
 from onnxplain.methods.base import Attribution, Layers, Question
-from onnxplain.methods.interpolate import check_mode, chosen_mode, emit_interpolate, interpolate
+from onnxplain.methods.interpolate import (
+    MODES,
+    check_mode,
+    chosen_mode,
+    emit_interpolate,
+    interpolate,
+)
 from onnxplain.methods.spatial import (
     Grid,
     Image,
@@ -33,7 +39,7 @@ from onnxplain.methods.spatial import (
 from onnxplain.model import Model, single
 from onnxplain.rules import Rules, modified
 from onnxplain.rules.vjp import VJP
-from onnxplain.run.feeds import Arrays
+from onnxplain.run.feeds import Arrays, Feeds
 
 log = logging.getLogger("onnxplain")
 
@@ -101,6 +107,7 @@ class ClassActivationMap(Attribution):
 
     needs: ClassVar[tuple[str, ...]] = ("gradient", "image")
     explains = "layer"
+    choices: ClassVar = {"interpolate_mode": tuple(MODES)}
     eigen: ClassVar[bool] = False
 
     def __init__(
@@ -199,6 +206,12 @@ class ClassActivationMap(Attribution):
                 for m, (seen, _) in zip(found, places, strict=True)
             ]
         )
+
+    def laid_over(self, feeds: Feeds) -> list[str] | None:
+        """The image of each map."""
+        _, groups = self._resolve(False, False)
+        layers = [layer for group in groups or () for layer in group]
+        return [layer_image(self.model, layer, feeds.arrays).name for layer in layers]
 
     def _place(self, question: Question, layer: ir.Value) -> tuple[Image, Grid]:
         """The image that a layer's map is laid over, and the maps in the layer's values."""
@@ -416,6 +429,7 @@ class GuidedGradCam(Attribution):
     title = "Guided Grad-CAM"
     paper = GradCAM.paper
     needs = ("gradient", "layer", "image")
+    choices: ClassVar = {"interpolate_mode": tuple(MODES)}
 
     def __init__(self, model: Model, layer: str) -> None:
         super().__init__(model)

@@ -14,8 +14,8 @@ import onnx_ir as ir
 from onnxplain.errors import InputError, LayerError, UnsupportedModelError
 from onnxplain.graph.edit import BATCH, new_input, reads, twin, upstream
 from onnxplain.graph.emit import Emitter, dims, rank
-from onnxplain.graph.grad import backward, expand_functions
-from onnxplain.methods.base import Attribution, Layers, Question
+from onnxplain.graph.grad import backward, check_path, expand_functions
+from onnxplain.methods.base import Attribution, Layers, Question, flag
 from onnxplain.methods.baselines import distributions, named_baselines
 from onnxplain.methods.forms import layer_form, neuron_form
 from onnxplain.methods.target import Seeds
@@ -76,7 +76,7 @@ class DeepLift(Attribution):
                 raise InputError(f"{option} {given!r} is not one of {', '.join(known)}")
         if not eps >= 0:
             raise InputError(f"eps is {eps!r}; it must be a number of at least 0")
-        self.multiplies_by_inputs = multiply_by_inputs
+        self.multiplies_by_inputs = flag("multiply_by_inputs", multiply_by_inputs)
         self._eps, self._rule, self._softmax = float(eps), rule, softmax
 
     def has_convergence_delta(self) -> bool:
@@ -213,6 +213,7 @@ class DeepLift(Attribution):
         ) -> list[ir.Value]:
             rules = rescale_rules(self._eps, self._softmax)
             expand_functions(op.graph, [of], wrt, rules)
+            check_path(op.graph, [of], wrt, rules)
             reference = self._twin(op, of, inputs)
             still = next((v.name for v in wrt if v not in reference), None)
             if still is not None:
@@ -224,7 +225,7 @@ class DeepLift(Attribution):
             if self._rule == "reveal-cancel":
                 rules = RevealCancel(reference, wrt, rules, self._eps, self.model.opset).rules
             found = backward(op, {of: seed}, wrt, rules, self.model.opset, reference)
-            starts = [reference.get(v, v) for v in wrt]
+            starts = [reference[v] for v in wrt]
             if multiply:
                 ends = zip(found, wrt, starts, strict=True)
                 found = [op.Mul(m, op.Sub(value, start)) for m, value, start in ends]
@@ -250,9 +251,8 @@ class DeepLift(Attribution):
             reference = self._twin(op, of, inputs)
             return [_explained(op, of, reference.get(of, of), seed, pairs.at_once)]
 
-        return self._pass(pairs, "deep-lift ends", write, rows, more=self._explained_inputs(pairs))[
-            0
-        ]
+        inputs = self._explained_inputs(pairs)
+        return self._pass(pairs, "deep-lift ends", write, rows, more=inputs)[0]
 
     def _explained_inputs(self, question: Question) -> list[ir.Value]:
         inputs = {v.name: v for v in self.model.graph.graph.inputs}
@@ -281,6 +281,7 @@ class DeepLiftShap(DeepLift):
     name = "deep-lift-shap"
     title = "DeepLiftShap"
     paper = "Lundberg and Lee 2017, arXiv:1705.07874"
+    needs = ("gradient", "baselines")
     check = "convergence_delta: sum of attributions minus (output - mean output at the baselines)"
 
     def attribute(  # type: ignore[override]

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from onnxplain.errors import LayerError
 from onnxplain.methods.base import Attribution, Layers
 from onnxplain.model import Model
 
@@ -73,6 +74,8 @@ def _form(
         given = _bind(made, cls.__name__, (self, model, layer, *args), options)
         del given["self"]
         given[keyword] = given.pop("layer")
+        if given[keyword] is None:
+            raise LayerError("no layer was given: name one; model.layers() lists them")
         base.__init__(self, **given)
 
     def attribute(self: Any, *args: Any, **options: Any) -> Any:
@@ -91,6 +94,7 @@ def _form(
         ("title", f"{kind.capitalize()} {base.title}"),
         ("needs", (*base.needs, *(("layer",) if kind == "layer" else ("layer", "neuron")))),
         ("explains", "layer" if kind == "layer" else "inputs"),
+        ("check", base.check if kind == "layer" else base.check.replace("output", "neuron")),
     ):
         if attribute_name not in own:
             setattr(cls, attribute_name, value)

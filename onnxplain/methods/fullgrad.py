@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +14,7 @@ from onnxplain.graph.emit import Emitter, const_array, dims, rank
 from onnxplain.graph.grad import Active, backward
 from onnxplain.methods.base import Attribution, Question
 from onnxplain.methods.cam import unit
-from onnxplain.methods.interpolate import chosen_mode, emit_interpolate
+from onnxplain.methods.interpolate import MODES, chosen_mode, emit_interpolate
 from onnxplain.methods.spatial import Grid, Image, grid, image
 from onnxplain.model import Model
 from onnxplain.rules.affine import is_affine
@@ -41,6 +41,7 @@ class FullGrad(Attribution):
     title = "FullGrad"
     paper = "Srinivas and Fleuret 2019, arXiv:1905.00780"
     needs = ("gradient", "image")
+    choices: ClassVar = {"interpolate_mode": tuple(MODES)}
     check = (
         "completeness_gap: |sum of all parts - output| / |output|; not small where operators are "
         "not piecewise linear (softmax, normalization, smooth activations)"

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxplain.graph.emit import Emitter
 from onnxplain.graph.grad import backward
-from onnxplain.methods.base import Attribution, Layers, Question
+from onnxplain.methods.base import Attribution, Layers, Question, flag
 from onnxplain.methods.forms import neuron_form
 from onnxplain.model import Model
 from onnxplain.rules import Rules
@@ -85,7 +85,7 @@ class Saliency(GradientAttribution):
         return self._call(locals())
 
     def _attribute(self, question: Question, abs: bool = True) -> Any:
-        return self._gradient(question, "absolute" if abs else "gradient")
+        return self._gradient(question, "absolute" if flag("abs", abs) else "gradient")
 
 
 class InputXGradient(GradientAttribution):
@@ -143,7 +143,7 @@ class LayerGradientXActivation(GradientAttribution):
 
     def __init__(self, model: Model, layer: Layers, multiply_by_inputs: bool = True) -> None:
         super().__init__(model, wrt=layer)
-        self.multiplies_by_inputs = multiply_by_inputs
+        self.multiplies_by_inputs = flag("multiply_by_inputs", multiply_by_inputs)
 
     def attribute(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -62,6 +62,7 @@ class LRP(Attribution):
     name = "lrp"
     title = "LRP"
     paper = "Bach et al. 2015, doi:10.1371/journal.pone.0130140"
+    choices: ClassVar = {"rules": PRESETS}
     check = "convergence_delta: explained value minus the sum of relevance (biases absorb some)"
     multiplies_by_inputs = True
 
@@ -234,7 +235,7 @@ class LRP(Attribution):
         found = dict(
             zip(ends, backward(op, {of: relevance}, ends, rules, self.model.opset), strict=True)
         )
-        per_example = not (rank(of) == 0 or isinstance(dims(of)[0], int))
+        per_example = self._per_example(of)
         score = op.ReduceSum(relevance, list(range(int(per_example), rank(of))) or None)
         return [
             *(found[v] if v in found else op.full_like(v, 0.0) for v in wrt),

@@ -19,7 +19,7 @@ from onnxplain.graph.edit import downstream
 from onnxplain.graph.emit import Emitter, dims, rank
 from onnxplain.graph.grad import backward
 from onnxplain.methods.base import Attribution, Layers, Question
-from onnxplain.methods.interpolate import emit_along, matrices, smoothing
+from onnxplain.methods.interpolate import MODES, emit_along, matrices, smoothing
 from onnxplain.methods.modified import ModifiedActivations
 from onnxplain.methods.spatial import (
     Grid,
@@ -102,6 +102,7 @@ class SaliencyMap(Attribution):
 
     needs: ClassVar[tuple[str, ...]] = ("gradient", "image")
     explains = "layer"
+    choices: ClassVar = {"resize_mode": tuple(MODES)}
     exact: ClassVar[bool] = True
     """Whether the derivative itself is taken."""
     reduce: ClassVar[Callable[..., ir.Value]]

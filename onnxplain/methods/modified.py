@@ -19,6 +19,7 @@ from onnxplain.run.feeds import Arrays
 class ModifiedActivations(Attribution):
     """What knows another rule for activations, and which operators it is for."""
 
+    choices: ClassVar = {"activations": ("relu", "all")}
     rule: ClassVar[Callable[..., Any]]
 
     def _modify(self, activations: str | Sequence[str]) -> None:

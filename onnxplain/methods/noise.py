@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -178,6 +178,7 @@ class NoiseTunnel(Attribution):
         "(smoothgrad_sq); Adebayo et al. 2018, arXiv:1810.03307 (vargrad)"
     )
     needs = ("random",)
+    choices: ClassVar = {"nt_type": NT_TYPES}
     check = "standard_error: of the mean over the samples (smoothgrad), as a share of its size"
 
     def __init__(self, attribution_method: Attribution) -> None:

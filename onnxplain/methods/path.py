@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -30,7 +30,7 @@ from onnxplain.graph.edit import (
 from onnxplain.graph.emit import Emitter, dims, is_float, rank
 from onnxplain.graph.grad import backward, check_path
 from onnxplain.methods import target as targets
-from onnxplain.methods.base import HALVES, Attribution, Layers, Question, emit_attribution
+from onnxplain.methods.base import HALVES, Attribution, Layers, Question, emit_attribution, flag
 from onnxplain.methods.baselines import named_baselines
 from onnxplain.methods.forms import layer_form, neuron_form
 from onnxplain.model import Model, single
@@ -100,6 +100,7 @@ class PathAttribution(Attribution):
     says with :meth:`_emit` what a chunk of steps contributes.
     """
 
+    choices: ClassVar = {"method": QUADRATURES}
     line_in = "inputs"
     """Where the line lies: in the "inputs", or in the "sources" (layers) themselves."""
 
@@ -160,6 +161,8 @@ class PathAttribution(Attribution):
         cotangent = self._fed("cotangent")
         rows[cotangent] = question.seeds
         steps, count = len(positions), len(question.wrt)
+        # What a layer counts other than examples belongs to no chunk of them.
+        whole = self.model.fixed_batch is None and not all(map(has_rows, question.wrt))
         carried = {
             v.name or "": np.zeros([1] * rank(v), _dtype(v))
             for v in program.model.graph.inputs
@@ -179,9 +182,11 @@ class PathAttribution(Attribution):
             by_row = {k: v for k, v in carried.items() if start and len(v) == feeds.count}
             shared |= {k: v for k, v in carried.items() if k not in by_row}
             try:
-                if question.at_once:
-                    seed = np.asarray(question.seeds(slice(0, 1))[0])
-                    fed = {**feeds.arrays, **rows, **by_row, **shared, cotangent: seed}
+                if question.at_once or whole:
+                    every = slice(0, 1 if question.at_once else feeds.count)
+                    seeds = question.seeds(every)
+                    fed = {**feeds.arrays, **rows, **by_row, **shared}
+                    fed[cotangent] = np.asarray(seeds[0] if question.at_once else seeds)
                     found = program.session(_read(program, fed))
                 else:
                     limit = None if at_most is None else max(1, at_most // size)
@@ -189,7 +194,7 @@ class PathAttribution(Attribution):
                         program, feeds, rows | by_row, _read(program, shared), at_most=limit
                     )
             except OutOfMemoryError:
-                if size == 1 or question.at_once:
+                if size == 1:
                     raise
                 size = max(1, size // 2)
                 continue
@@ -331,6 +336,13 @@ class PathAttribution(Attribution):
         cut = {v: leaf for v, leaf in zip(anchors, leaves, strict=True) if v is not leaf}
         inside = between if self.line_in == "sources" else [*wrt, *between]
         ends = twin(op, [of, *inside], cut)
+        for value, leaf in cut.items():
+            reached = {leaf} | {v for n in downstream(graph, [leaf]) for v in n.outputs}
+            if ends[0] not in reached:
+                raise LayerError(
+                    f"layer '{value.name}' reaches '{self.of}' through other layers of the list "
+                    "only, and each layer has a path of its own: explain by it separately"
+                )
         # What is affine behind the anchors maps lines to lines: the line is drawn where that ends,
         # and the widest layers run twice an example instead of once a step.
         frontier = affine_frontier(graph, leaves, ends)
@@ -480,7 +492,7 @@ class IntegratedGradients(PathAttribution):
         wrt: Layers | None = None,
     ) -> None:
         super().__init__(model, of=of, wrt=wrt)
-        self.multiplies_by_inputs = multiply_by_inputs
+        self.multiplies_by_inputs = flag("multiply_by_inputs", multiply_by_inputs)
 
     def has_convergence_delta(self) -> bool:
         """True: the completeness gap."""
@@ -760,7 +772,7 @@ class NeuronConductance(PathAttribution):
         wrt: Layers | None = None,
     ) -> None:
         super().__init__(model, wrt=wrt)
-        self.multiplies_by_inputs = multiply_by_inputs
+        self.multiplies_by_inputs = flag("multiply_by_inputs", multiply_by_inputs)
         self.layer = layer
         single(model, layer)  # unknown names are refused where they are given
 

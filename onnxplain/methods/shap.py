@@ -13,7 +13,7 @@ from onnxplain.errors import InputError
 from onnxplain.graph.edit import has_rows, new_input, twin
 from onnxplain.graph.emit import Emitter, dims, is_float, rank
 from onnxplain.graph.grad import backward, check_path
-from onnxplain.methods.base import Layers, Question
+from onnxplain.methods.base import Layers, Question, flag
 from onnxplain.methods.baselines import distributions
 from onnxplain.methods.forms import layer_form, neuron_form
 from onnxplain.methods.noise import (
@@ -51,7 +51,7 @@ class GradientShap(PathAttribution):
     name = "gradient-shap"
     title = "Gradient SHAP"
     paper = "Lundberg and Lee 2017, arXiv:1705.07874; Erion et al. 2019, arXiv:1906.10670"
-    needs = ("gradient", "random")
+    needs = ("gradient", "random", "baselines")
     check = "standard_error: of the mean over the samples, as a share of its size"
 
     def __init__(
@@ -63,7 +63,7 @@ class GradientShap(PathAttribution):
         wrt: Layers | None = None,
     ) -> None:
         super().__init__(model, of=of, wrt=wrt)
-        self.multiplies_by_inputs = multiply_by_inputs
+        self.multiplies_by_inputs = flag("multiply_by_inputs", multiply_by_inputs)
 
     def has_convergence_delta(self) -> bool:
         """True: the completeness gap of each sample."""

@@ -34,9 +34,8 @@ from onnxplain.rules.vjp import VJP
 _LINEAR = (
     "Identity Cast CastLike Neg Dropout Add Sub Sum Mean Reshape Flatten Squeeze Unsqueeze "
     "Transpose Concat Split Expand Tile Slice Pad DepthToSpace SpaceToDepth Trilu ReverseSequence "
-    "Compress Gather GatherElements GatherND OneHot ScatterElements ScatterND Resize "
-    "AveragePool GlobalAveragePool ReduceSum ReduceMean CumSum "
-    "QuantizeLinear DequantizeLinear DynamicQuantizeLinear MatMulInteger ConvInteger"
+    "Compress Gather GatherElements GatherND OneHot Resize AveragePool GlobalAveragePool ReduceSum "
+    "ReduceMean CumSum QuantizeLinear DequantizeLinear DynamicQuantizeLinear"
 ).split()
 # Linear in each of these operands: their product is.
 _FACTORS: dict[str, tuple[int, ...]] = {
@@ -69,6 +68,7 @@ def rescale_rules(eps: float = 1e-10, softmax: Literal["exact", "centered"] = "e
     table.rule(*_FACTORS, "Einsum")(_product)
     table.rule("Div")(_quotient)
     table.rule("Where")(_where)
+    table.rule("ScatterElements", "ScatterND")(_scatter)
     table.rule(*_UNARY)(partial(_rescale, eps=eps))
     table.rule(*_ELEMENTWISE)(partial(_elementwise, eps=eps))
     table.rule(*_EXTREMA)(partial(_extremum, eps=eps))
@@ -126,22 +126,23 @@ def _multipliers(
     return found
 
 
+def _refusal(n: Call, why: str) -> NoRuleError:
+    return NoRuleError(
+        f"operator {n.node.op_type} (node '{n.node.name}') {why}: DeepLIFT has no rule for that. "
+        "Use integrated gradients"
+    )
+
+
 # ---- operators --------------------------------------------------------------------------------
 
 
 def _product(op: Emitter, n: Call, g: Any) -> Any:
     """The derivative midway: exact where the output is linear in each of at most two operands."""
-    moving = _moving(n)
     factors = _FACTORS.get(n.node.op_type, range(len(n.x)))
-    if n.node.op_type == "BatchNormalization":
-        refused = any(n.needs(i) for i in (3, 4))
-    else:
-        refused = sum(i in factors for i in moving) > 2
-    if refused:
-        raise NoRuleError(
-            f"{n.node.op_type} (node '{n.node.name}') multiplies more than two operands that "
-            "depend on the input: DeepLIFT has no rule for that. Use integrated gradients"
-        )
+    if sum(i in factors for i in _moving(n)) > 2:
+        raise _refusal(n, "multiplies more than two operands that depend on the input")
+    if n.node.op_type == "BatchNormalization" and (n.needs(3) or n.needs(4)):
+        raise _refusal(n, "has statistics that depend on the input")
     middle = [_mean(op, n.x[i], n.x0[i]) if i in factors else x for i, x in enumerate(n.x)]
     return VJP.gradient(op, n.on(middle, n.y), g)
 
@@ -163,7 +164,14 @@ def _where(op: Emitter, n: Call, g: Any) -> Any:
     if n.x[0] is n.x0[0]:
         return here
     there = VJP.gradient(op, n.on([n.x0[0], *n.x[1:]], n.y), g)
-    return [None if v is None or w is None else _mean(op, v, w) for v, w in zip(here, there)]
+    pairs = zip(here, there, strict=True)
+    return [None if v is None or w is None else _mean(op, v, w) for v, w in pairs]
+
+
+def _scatter(op: Emitter, n: Call, g: Any) -> Any:
+    if (n.attr("reduction") or "none") not in ("none", "add"):
+        raise _refusal(n, "reduces by another operation than a sum")
+    return VJP.gradient(op, n, g)
 
 
 def _rescale(op: Emitter, n: Call, g: Any, eps: float) -> Any:
@@ -183,10 +191,7 @@ def _elementwise(op: Emitter, n: Call, g: Any, eps: float) -> Any:
     if len(moving) > 2:
         if n.node.op_type in ("Max", "Min"):
             return _extremum(op, n, g, eps)
-        raise NoRuleError(
-            f"all {len(moving)} operands of {n.node.op_type} (node '{n.node.name}') depend on the "
-            "input: DeepLIFT has no rule for that. Use integrated gradients"
-        )
+        raise _refusal(n, f"has {len(moving)} operands that depend on the input")
     contributions = {}
     for i, other in (moving, moving[::-1]):
         operands = list(n.x)
@@ -276,6 +281,8 @@ def _standardized(
 
 
 def _layer_normalization(op: Emitter, n: Call, g: Any, *_: Any) -> Any:
+    if any(y.uses() for y in n.y[1:]):
+        raise _refusal(n, "hands on its statistics")
     x, scale = n.x[:2]
     axes = list(range(n.attr("axis") % rank(x), rank(x)))
     centered = n.node.op_type == "LayerNormalization"
@@ -482,6 +489,8 @@ class RevealCancel:
         if kind == "other" or n.y[0] not in self._excess:
             return self._base.gradient(op, n, g)
         both = g, self._negative(op, n.y[0], g)
+        up: Any
+        down: Any
         up, down = (
             operands and [VJP.gradient(op, n.on(operands, n.y), m) for m in both]
             for operands in self._split(op, n)

@@ -256,7 +256,9 @@ def _facts(frame: Frame) -> list[str]:
         target += f" = {value:.4g}"
     if neuron is not None:
         target = f"neuron {neuron} of layer {explanation.layer}"
-    parts = [f"{explanation.method} for {target}"]
+    inner = explanation.options.get("attribution_method")
+    method = f"{explanation.method} of {inner}" if inner else explanation.method
+    parts = [f"{method} for {target}"]
     if explanation.layer is not None and neuron is None:
         parts.append(f"layer {explanation.layer}")
     elif len(explanation.arrays) > len(frame.names):
@@ -266,14 +268,18 @@ def _facts(frame: Frame) -> list[str]:
     parts += [
         f"{words} {number(float(np.abs(rows).mean()) if rows.size > 1 else float(rows[0]))}"
         + (f" (mean size of {rows.size})" if rows.size > 1 else "")
-        for key, words in _DELTAS
+        for key, words in _CHECKS
         if key in explanation.checks
         and (rows := explanation.check_row(key, example).astype(np.float64)).size
     ]
     return [printable(part) for part in parts]
 
 
-_DELTAS = (
+_CHECKS = (
     ("convergence_delta", "convergence delta"),
     ("relative_convergence_delta", "relative delta"),
+    ("absorbed", "absorbed by biases"),
+    ("completeness_gap", "completeness gap"),
+    ("probability", "probability"),
+    ("standard_error", "relative standard error"),
 )

@@ -12,7 +12,6 @@ from typing import Any
 
 import captum.attr as ca
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 import onnxplain as ox

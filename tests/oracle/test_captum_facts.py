@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import captum.attr as ca
 import numpy as np
 import pytest
 import torch
@@ -20,8 +19,7 @@ from captum.testing.attr.helpers.test_config import config
 from captum.testing.helpers import basic_models as nets
 from torch import nn
 
-import onnxplain as ox
-from tests.oracle.both import Both, Fixed, arrays, flat, same
+from tests.oracle.both import Both, Fixed, flat, same
 
 # ------------------------------------------------------------------------- expected numbers
 
@@ -475,7 +473,7 @@ def test_test_cases(case: Case) -> None:
     if case.random is not None:
         args["n_samples"] = 2000
         torch.manual_seed(0)
-        np.random.seed(0)  # Captum draws by numpy's global generator
+        np.random.seed(0)  # noqa: NPY002  (Captum draws by numpy's global generator)
     got = both.ours(case.method, *made, noise=case.noise, **args, **seeded(case))
     want = both.captums(case.method, *made, noise=case.noise, **args)
     if case.random is None:

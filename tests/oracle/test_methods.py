@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ class Net:
     """A network of the table.
 
     `layers`: their inputs go nowhere else, because Captum moves what enters the layer and we move
-    the value. `modules`: its activations are modules, which Captum's modified backpropagations need.
+    the value. `modules`: its activations are modules, as Captum's modified backpropagations need.
     `ids`: its inputs are integers, which Captum explains by a layer only. `map`: a layer where the
     mean gradient of a channel does not vanish (it does in front of a layer normalization).
     """
@@ -183,8 +184,7 @@ def draw(data: st.DataObject, method: str, name: str) -> tuple[list[str], dict[s
     if "neuron_selector" in takes:
         entering = options["attribute_to_neuron_input"]
         shape = layer_shape(name, made[0], entering)
-        # Captum's conductance of several neurons is a product of their sums, not the sum of theirs.
-        part = method != "NeuronConductance" and data.draw(st.booleans(), label="several neurons")
+        part = data.draw(st.booleans(), label="several neurons")
         options["neuron_selector"] = tuple(
             slice(s // 3, s // 3 + 2) if part else data.draw(st.integers(0, s - 1)) for s in shape
         )
@@ -205,13 +205,33 @@ def compare(method: str, name: str, made: list[str], options: dict[str, Any], **
     net, both = NETS[name], network(name)
     got = both.ours(method, *made, **options, **noise)
     with in_double() if net.double else contextlib.nullcontext():
-        want = both.captums(method, *made, **options, **noise)
+        asked = [options]
+        if method == "NeuronConductance":
+            asked = [{**options, "neuron_selector": one} for one in single(options, name, made[0])]
+        found = [both.captums(method, *made, **each, **noise) for each in asked]
+    want = found[0] if len(found) == 1 else total(found)
     tolerance = 1e-8 if net.double else 5e-4 if "n_steps" in options else 1e-4
     with_delta = options.get("return_convergence_delta", False)
     same(*((got[0], want[0]) if with_delta else (got, want)), tolerance, kinks=not net.double)
     if with_delta:
         size = max(1.0, float(np.abs(want[1]).max()))
         np.testing.assert_allclose(got[1], want[1], atol=1e-8 if net.double else 2e-3 * size)
+
+
+def single(options: dict[str, Any], name: str, layer: str) -> Iterator[tuple[int, ...]]:
+    """Each neuron of a selector: Captum's conductance of several is a product of their sums."""
+    shape = layer_shape(name, layer, options["attribute_to_neuron_input"])
+    parts = zip(options["neuron_selector"], shape, strict=True)
+    return itertools.product(
+        *(range(*p.indices(size)) if isinstance(p, slice) else (p,) for p, size in parts)
+    )
+
+
+def total(found: list[Any]) -> Any:
+    """The sum of results, input by input."""
+    if isinstance(found[0], tuple):
+        return tuple(map(sum, zip(*found, strict=True)))
+    return sum(found)
 
 
 def drawn(runs: int) -> settings:
