@@ -296,7 +296,8 @@ def _rounds(model: Model) -> bool:
 
 def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model) -> None:
     """Say which examples have attributions that don't add up, or hardly agree between samples."""
-    finite = [np.isfinite(a.reshape(len(a), -1)).all(axis=1) for a in explanation.arrays.values()]
+    rows = [a.reshape(len(a), -1) for a in explanation.arrays.values() if a.size]
+    finite = [np.isfinite(a).all(axis=1) for a in rows]
     bad = {int(i) for row in finite for i in np.flatnonzero(~row)}  # the method warned of these
     more = " or ".join(k for k in ("n_samples", "nt_samples") if k in info.options)
     told = {
@@ -316,8 +317,8 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model) ->
             f"take more samples ({more})",
         ),
     }
-    sizes = [np.abs(a).reshape(len(a), -1).max(axis=1) for a in explanation.arrays.values()]
-    if zero := [int(i) for i in np.flatnonzero(np.max(sizes, axis=0) == 0)]:
+    alike = len({len(a) for a in rows}) == 1  # else some count something else than examples
+    if alike and (zero := np.flatnonzero(~np.any([a.any(axis=1) for a in rows], axis=0)).tolist()):
         warnings.warn(
             f"the attributions of {_listed(zero, explanation)} are all zero: nothing comes back to "
             "what it is explained by; try another method, layer or target",

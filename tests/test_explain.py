@@ -232,3 +232,18 @@ def test_methods_that_take_no_layer_or_no_integers_say_so(digits: ox.Model) -> N
     tokens = model(TOKENS, {"table": rng.standard_normal((7, 4)).astype(np.float32), "w": W})
     with pytest.raises(ox.InputError, match="holds integers"):
         ox.explain(tokens, np.array([[1, 2, 3]]), "guided-grad-cam", layer="s")
+
+
+def test_attributions_of_nothing_are_told(net: ox.Model) -> None:
+    with pytest.warns(UserWarning, match=r"1 example\(s\) \(index 1\) are all zero"):
+        ox.explain(net, np.stack([X[0], 0 * X[0]]), "saliency", 0)
+
+
+@pytest.mark.parametrize("name", ["DeepLift", "deep_lift", "DEEP-LIFT"])
+def test_methods_are_found_by_other_names(net: ox.Model, name: str) -> None:
+    assert ox.explain(net, X, name, 0).method == "deep-lift"
+
+
+def test_methods_that_are_not_there(net: ox.Model) -> None:
+    with pytest.raises(ox.InputError, match="did you mean guided-backprop"):
+        ox.explain(net, X, "guided-backdrop")
