@@ -75,9 +75,10 @@ def test_what_goes_around_the_layer_is_no_gap() -> None:
 
 
 @pytest.mark.parametrize("n_steps", [1, 9])
-def test_layers_of_windows(n_steps: int) -> None:
+@pytest.mark.parametrize("limit", [None, 20_000])
+def test_layers_of_windows(n_steps: int, limit: int | None) -> None:
     x = np.random.default_rng(3).standard_normal((5, 4, 3)).astype(np.float32)
-    net = model(WINDOWS)
+    net = model(WINDOWS, memory_limit=limit)
     positions, weights = quadrature("riemann_middle", 9)
     h = np.tanh(positions.reshape(-1, 1, 1, 1) * x)
     got = ox.InternalInfluence(net, "h").attribute(x, n_steps=9, method="riemann_middle")
@@ -142,3 +143,24 @@ def test_bad_layers_and_neurons_are_refused() -> None:
         ox.NeuronConductance(net, "nothing")
     with pytest.raises(ox.TargetError, match="no target"):
         ox.NeuronConductance(net, "a").attribute((X, B), 0)
+
+
+def test_layers_that_cover_each_other_are_refused_by_name() -> None:
+    text = """g (float[N,4] x) => (float[N,4] y) { a = Exp(x)  b = Tanh(a)  y = Sin(b) }"""
+    with pytest.raises(ox.LayerError, match=r"layer 'a' reaches 'y' through other layers"):
+        ox.LayerIntegratedGradients(model(HEAD + text), ["a", "b"]).attribute(X, target=0)
+
+
+@pytest.mark.parametrize(
+    "cls", [ox.LayerConductance, ox.LayerDeepLift, ox.NeuronIntegratedGradients]
+)
+def test_a_layer_must_be_named(cls: type) -> None:
+    with pytest.raises(ox.LayerError, match="no layer was given"):
+        cls(model(BYPASS), None)
+
+
+@pytest.mark.parametrize("cls", [ox.IntegratedGradients, ox.DeepLift, ox.GradientShap])
+def test_flags_are_true_or_false(cls: type) -> None:
+    """Captum has device_ids where layer forms have this one."""
+    with pytest.raises(ox.InputError, match="multiply_by_inputs is True or False, not None"):
+        cls(model(BYPASS), None)
