@@ -43,6 +43,10 @@ _IN_PYTHON = {
     "ox.methods() lists": "'onnxplain methods' lists",
     "(baselines=)": "(--baseline FILE)",
     "(n_steps)": "(--option n_steps=200)",
+    "(n_samples)": "(--option n_samples=50)",
+    "(nt_samples)": "(--option nt_samples=50)",
+    "(ignore_negative=True)": "(--option ignore_negative=true)",
+    "(activations='all' takes": "(--option activations=all takes",
 }
 
 
@@ -370,12 +374,12 @@ def layers(model: str, pattern: str | None, as_json: bool, **how: Any) -> None:
     click.echo(_columns([("NAME", "OPERATOR", "SHAPE", "SCOPE"), *rows]))
 
 
-def _method(name: str) -> Any:
-    """The registry's entry for a method; unknown names are wrong usage."""
-    from .methods import find
+def _method(name: str, options: Mapping[str, Any]) -> Any:
+    """What is known of a method with such options; unknown names are wrong usage."""
+    from .methods import chosen
 
     try:
-        return find(name)
+        return chosen(name, options)
     except InputError as error:
         raise click.UsageError(_in_flags(str(error))) from None
 
@@ -387,7 +391,7 @@ def methods(name: str | None, as_json: bool) -> None:
     """List the methods, or the options of the one called NAME."""
     from .methods import registry
 
-    infos = [_method(name)] if name else list(registry().values())
+    infos = [_method(name, {})] if name else list(registry().values())
     if as_json:
         return _print_json([_method_facts(info) for info in infos])
     if not name:
@@ -469,7 +473,7 @@ def explain(
     are explained together. NAME=INPUT is for the model's input of that name. Inputs that no
     gradient reaches, such as a mask, are fed and not explained.
     """
-    info = _method(method).around({k: v for k, _, v in (o.partition("=") for o in options)})
+    info = _method(method, {k: v for k, _, v in (o.partition("=") for o in options)})
     chosen = _method_options(options, info)
     if baseline is not None and not info.takes_baselines:
         raise click.UsageError(f"--baseline: method {info.name!r} has none")

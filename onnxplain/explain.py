@@ -13,7 +13,7 @@ from onnxplain._version import VERSION
 from onnxplain.errors import InputError, OnnxplainError
 from onnxplain.graph.emit import is_float
 from onnxplain.graph.grad import check_path
-from onnxplain.methods import MethodInfo, find
+from onnxplain.methods import MethodInfo, chosen
 from onnxplain.methods.base import Attribution
 from onnxplain.methods.target import target_indices
 from onnxplain.model import Model, single
@@ -75,7 +75,7 @@ def explain(
             f"model is {type(model).__name__}, not an onnxplain.Model; wrap it: ox.Model(path)"
         )
     options = {**(method_options or {}), **options}
-    info = find(method).around(options)
+    info = chosen(method, options)
     _check_options(info, options, baselines)
     feeds = model.feeds(inputs, additional_forward_args)
     if not feeds.count or not feeds.explained:
@@ -100,13 +100,14 @@ def explain(
         call["seed"] = seed
     asked = {"inputs": inputs, "additional_forward_args": additional_forward_args, **call}
     for n_steps in _steps(info, options, model):
-        chosen = {} if n_steps is None else {"n_steps": n_steps}
-        result, checks = made.explain(**{**asked, **chosen})
+        taken = {} if n_steps is None else {"n_steps": n_steps}
+        result, checks = made.explain(**{**asked, **taken})
         gap = checks.get("relative_convergence_delta")
         if gap is None or not (gap > GOOD_DELTA).any():
             break
-    used = layer if layer is not None else getattr(made, "layer", None)
+    used = layer if layer is not None or embedded else getattr(made, "layer", None)
     over = made.laid_over(feeds)
+    by_inputs = by_inputs and (layer is not None or used is None)  # else by one that was chosen
     if by_inputs:
         arrays, form = _by_input(result, feeds, embedded), feeds.form
         arrays = {k: np.moveaxis(v, model.axes[k] or 0, 0) for k, v in arrays.items()}
@@ -126,7 +127,7 @@ def explain(
         target=index,
         labels=labels,
         layer=used,
-        options={**info.options, **options, **chosen, **given},
+        options={**info.options, **options, **taken, **given},
         checks=checks,
         provenance={**_provenance(model), **record, **(provenance or {})},
         display=display,

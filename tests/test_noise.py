@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import onnxplain as ox
 from onnxplain.cli import main
 from onnxplain.errors import InputError, TargetError
-from onnxplain.methods import noise
+from onnxplain.methods import chosen, noise
 from onnxplain.methods.noise import Moments, in_blocks, stream
 from tests.helpers import BUNDLED, HEAD, model
 from tests.test_methods import PRODUCT, SQUARE, TOKENS, W, X
@@ -328,7 +328,7 @@ def test_explain(square: ox.Model) -> None:
         square, X, "noise-tunnel", layer="h", neuron=2, attribution_method="neuron-gradient", seed=0
     )
     assert got.attributions.shape == X.shape
-    info = ox.methods()["noise-tunnel"].around({"attribution_method": "integrated-gradients"})
+    info = chosen("noise-tunnel", {"attribution_method": "integrated-gradients"})
     assert info.takes_baselines
     assert {"n_steps", "nt_type", "attribution_method"} <= set(info.options)
     assert set(info.options) == set(info.annotations)
@@ -386,9 +386,9 @@ def test_refused_questions(square: ox.Model) -> None:
         ox.NoiseTunnel(ox.NeuronGradient(square, "h")).attribute(X)
     with pytest.raises(TargetError, match="2 targets were given for 5 examples"):
         ox.NoiseTunnel(ox.Saliency(square)).attribute(X, target=[0, 1])
-    with pytest.raises(InputError, match="no method 'lime-tree' to go around; give saliency"):
+    with pytest.raises(InputError, match="there is no method 'lime-tree'"):
         ox.explain(square, X, "noise-tunnel", attribution_method="lime-tree")
-    with pytest.raises(InputError, match="no method 'noise-tunnel' to go around"):
+    with pytest.raises(InputError, match="can't go around itself"):
         ox.explain(square, X, "noise-tunnel", attribution_method="noise-tunnel")
     table = rng.standard_normal((9, 4)).astype(np.float32)
     tokens = model(TOKENS, {"table": table, "w": W})

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import inspect
+import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 from onnxplain.errors import InputError
-from onnxplain.methods.base import Attribution, Layers
+from onnxplain.methods.base import Attribution
 from onnxplain.methods.cam import (
     EigenCAM,
     EigenGradCAM,
@@ -44,6 +43,7 @@ from onnxplain.methods.gradient import (
     NeuronGradient,
     Saliency,
 )
+from onnxplain.methods.info import MethodInfo, info_of, tunnel
 from onnxplain.methods.interpolate import (
     LayerAttribution,
 )
@@ -77,7 +77,6 @@ from onnxplain.methods.path import (
     NeuronIntegratedGradients,
 )
 from onnxplain.methods.shap import GradientShap, LayerGradientShap, NeuronGradientShap
-from onnxplain.model import Model
 
 __all__ = [
     "LRP",
@@ -186,97 +185,17 @@ METHODS: tuple[type[Attribution], ...] = (
     LayerActivationGuidedBackprop,
 )
 
-# Parameters that are part of the question, not options of a method.
-_NO_OPTIONS = {
-    "self",
-    "inputs",
-    "target",
-    "baselines",
-    "additional_forward_args",
-    "neuron_selector",
-    "return_convergence_delta",
-    "model",
-    "layer",
-    "of",
-    "wrt",
-    "seed",
-}
 
-
-@dataclass(frozen=True)
-class MethodInfo:
-    """What a method is, as `ox.methods()` and `onnxplain methods` tell.
-
-    Attributes:
-        name, title, summary, paper: what it is.
-        cls: its class.
-        options: its options and their defaults.
-        needs: "gradient", "layer", "neuron", "image", "random", "baselines" (a distribution).
-        explains: what the result has the shape of: "inputs" or "layer".
-        check: what its check figure means.
-        takes_target, takes_baselines, takes_layer: what else it can be asked with.
-        takes_any_layer: whether it can be asked by other layers than its own (``wrt``).
-        made_with: the options that the constructor takes; the others are those of ``attribute``.
-        annotations: the type annotation of each option.
-        choices: the words that an option takes, where these are few.
-        inside: what the method goes around (noise tunnel); the question and its own options are
-            those of this one.
-    """
-
-    name: str
-    title: str
-    cls: type[Attribution]
-    summary: str
-    options: dict[str, Any]
-    paper: str
-    needs: tuple[str, ...]
-    explains: str
-    check: str
-    takes_target: bool
-    takes_baselines: bool
-    takes_layer: bool
-    takes_any_layer: bool
-    made_with: frozenset[str]
-    annotations: dict[str, str]
-    choices: dict[str, tuple[str, ...]]
-    inside: MethodInfo | None = None
-
-    def around(self, options: Mapping[str, Any]) -> MethodInfo:
-        """The entry for such options: a noise tunnel goes around their ``attribution_method``.
-
-        Raises:
-            InputError: there is no such method, or it is the tunnel itself.
-        """
-        if self.inside is None:
-            return self
-        inside = find(options.get("attribution_method", self.inside.name))
-        if inside.inside is not None:
-            raise InputError(f"attribution_method: '{self.name}' can't go around itself")
-        return _tunnel(inside)
-
-    def make(
-        self,
-        model: Model,
-        options: Mapping[str, Any],
-        *,
-        layer: Layers | None = None,
-        of: str | None = None,
-        wrt: Layers | None = None,
-    ) -> Attribution:
-        """The method for a question, with those of the options that its constructor takes."""
-        if self.inside is not None:
-            return NoiseTunnel(self.inside.make(model, options, layer=layer, of=of, wrt=wrt))
-        asked = {"layer": layer, "of": of, "wrt": wrt}
-        made: dict[str, Any] = {k: v for k, v in options.items() if k in self.made_with}
-        made |= {k: v for k, v in asked.items() if v is not None}
-        return self.cls(model, **made)
+@functools.cache
+def _known() -> dict[str, MethodInfo]:
+    known = {cls.name: info_of(cls) for cls in METHODS}
+    known[NoiseTunnel.name] = tunnel(known[Saliency.name])
+    return known
 
 
 def registry() -> dict[str, MethodInfo]:
     """Every method by name."""
-    known = {cls.name: _info(cls) for cls in METHODS}
-    known[NoiseTunnel.name] = _tunnel(known[Saliency.name])
-    return known
+    return dict(_known())
 
 
 def find(name: str) -> MethodInfo:
@@ -297,63 +216,20 @@ def find(name: str) -> MethodInfo:
     raise InputError(f"there is no method {name!r}; {hint}ox.methods() lists all {len(known)}")
 
 
+def chosen(name: str, options: Mapping[str, Any]) -> MethodInfo:
+    """The method for such options: a noise tunnel goes around their ``attribution_method``.
+
+    Raises:
+        InputError: there is no such method, or it is the tunnel itself.
+    """
+    info = find(name)
+    if info.inside is None or "attribution_method" not in options:
+        return info
+    inside = find(options["attribution_method"])
+    if inside.inside is not None:
+        raise InputError(f"attribution_method: '{info.name}' can't go around itself")
+    return tunnel(inside)
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9+]", "", str(name).lower())
-
-
-def _tunnel(inside: MethodInfo) -> MethodInfo:
-    """The noise tunnel around a method: asked as that one, with the options of both."""
-    own = _info(NoiseTunnel)
-    return replace(
-        inside,
-        name=own.name,
-        title=own.title,
-        cls=own.cls,
-        summary=own.summary,
-        options={"attribution_method": inside.name, **inside.options, **own.options},
-        paper=own.paper,
-        needs=tuple(dict.fromkeys((*inside.needs, *own.needs))),
-        check=own.check,
-        made_with=inside.made_with | {"attribution_method"},
-        annotations={**inside.annotations, **own.annotations, "attribution_method": "str"},
-        choices={**inside.choices, **own.choices},
-        inside=inside,
-    )
-
-
-def _info(cls: type[Attribution]) -> MethodInfo:
-    attribute: Any = cls.attribute  # type: ignore[attr-defined]
-    call = inspect.signature(attribute).parameters
-    made = inspect.signature(cls.__init__).parameters
-    chosen = {
-        name: p
-        for name, p in {**made, **call}.items()
-        if name not in _NO_OPTIONS and p.default is not p.empty
-    }
-    options = {name: p.default for name, p in chosen.items()}
-    summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
-    summary = re.sub(r":\w+:`~?\.?([^`]*)`", r"\1", summary)
-    return MethodInfo(
-        name=cls.name,
-        title=cls.title,
-        cls=cls,
-        summary=summary,
-        options=options,
-        paper=cls.paper,
-        needs=cls.needs,
-        explains=cls.explains,
-        check=cls.check,
-        takes_target="target" in call,
-        takes_baselines="baselines" in call,
-        takes_layer="layer" in made,
-        takes_any_layer="wrt" in made,
-        made_with=frozenset(made) & frozenset(options),
-        annotations={name: str(p.annotation) for name, p in chosen.items()},
-        choices=_literals(chosen) | {name: tuple(words) for name, words in cls.choices.items()},
-    )
-
-
-def _literals(parameters: Mapping[str, inspect.Parameter]) -> dict[str, tuple[str, ...]]:
-    """The words of options that are annotated with them."""
-    found = {k: re.search(r"Literal\[([^]]*)\]", str(p.annotation)) for k, p in parameters.items()}
-    return {k: tuple(re.findall(r"[\"']([^\"']+)[\"']", m[1])) for k, m in found.items() if m}
