@@ -41,6 +41,7 @@ _IN_PYTHON = {
     "(layer=)": "(--layer)",
     "layer= in ox.explain": "--layer",
     "ox.methods() lists": "'onnxplain methods' lists",
+    "neuron_selector": "--neuron",
     "(baselines=)": "(--baseline FILE)",
     "(n_steps)": "(--option n_steps=200)",
     "(n_samples)": "(--option n_samples=50)",

@@ -15,16 +15,19 @@ from onnxplain.graph.emit import is_float
 from onnxplain.graph.grad import check_path
 from onnxplain.methods import MethodInfo, chosen
 from onnxplain.methods.base import Attribution
+from onnxplain.methods.baselines import named_baselines
 from onnxplain.methods.target import target_indices
 from onnxplain.model import Model, single
 from onnxplain.result import Display, Explanation
-from onnxplain.run.feeds import Arrays, Feeds
+from onnxplain.run.feeds import Arrays, Feeds, in_form
 from onnxplain.run.session import runtime
 
 # A completeness gap above this share of the explained difference makes the numbers doubtful.
 POOR_DELTA = 0.05
 # A standard error above this share of what was sampled makes the picture that of the samples.
 POOR_STANDARD_ERROR = 0.5
+# Above this share, what a map leaves out may be what matters.
+POOR_COMPLETENESS = 0.5
 # Up to this share, no more steps are taken.
 GOOD_DELTA = 0.01
 
@@ -99,12 +102,7 @@ def explain(
     if "random" in info.needs:
         call["seed"] = seed
     asked = {"inputs": inputs, "additional_forward_args": additional_forward_args, **call}
-    for n_steps in _steps(info, options, model):
-        taken = {} if n_steps is None else {"n_steps": n_steps}
-        result, checks = made.explain(**{**asked, **taken})
-        gap = checks.get("relative_convergence_delta")
-        if gap is None or not (gap > GOOD_DELTA).any():
-            break
+    result, checks, taken = _answered(made, asked, _steps(info, options, model), feeds)
     used = layer if layer is not None or embedded else getattr(made, "layer", None)
     over = made.laid_over(feeds)
     by_inputs = by_inputs and (layer is not None or used is None)  # else by one that was chosen
@@ -112,7 +110,7 @@ def explain(
         arrays, form = _by_input(result, feeds, embedded), feeds.form
         arrays = {k: np.moveaxis(v, model.axes[k] or 0, 0) for k, v in arrays.items()}
     else:
-        parts = list(result) if isinstance(result, tuple | list) else [result]
+        parts = _parts(result)
         names = over or [used or made.wrt[0]] * len(parts)
         arrays, form = _by_name(parts, names)
     given = {"neuron": neuron} if neuron is not None else {}
@@ -264,8 +262,7 @@ def _by_input(result: Any, feeds: Feeds, embedded: Mapping[str, str]) -> dict[st
     """Attributions by input name; those of embeddings summed over their last axis."""
     if isinstance(result, Mapping):
         return dict(result)
-    parts = list(result) if isinstance(result, tuple | list) else [result]
-    named = dict(zip(feeds.explained, parts, strict=True))
+    named = dict(zip(feeds.explained, _parts(result), strict=True))
     return {k: v.sum(axis=-1) if k in embedded else v for k, v in named.items()}
 
 
@@ -287,6 +284,66 @@ def _steps(info: MethodInfo, options: Mapping[str, Any], model: Model) -> tuple[
     if default is None or "n_steps" in options or _rounds(model):
         return (None,)
     return tuple(default * factor for factor in (1, 2, 4))
+
+
+def _answered(
+    made: Attribution, asked: Mapping[str, Any], steps: Sequence[int | None], feeds: Feeds
+) -> tuple[Any, dict[str, np.ndarray], dict[str, int]]:
+    """Result, checks, and the number of steps taken: more of them for the examples that need it.
+
+    Each example alone decides about its steps, so it gets the same numbers in any batch.
+    """
+    first, *more = steps
+    taken = {} if first is None else {"n_steps": first}
+    result, checks = made.explain(**asked, **taken)
+    for n_steps in more:
+        gap = checks.get("relative_convergence_delta", np.zeros(0))
+        poor = np.flatnonzero(gap > GOOD_DELTA)
+        if not poor.size:
+            break
+        assert n_steps is not None
+        taken = {"n_steps": n_steps}
+        parts = _parts(result)
+        if any(made.model.axes.values()) or any(len(a) != feeds.count for a in parts):
+            # Examples lie elsewhere than on the first axis: all are asked again.
+            result, checks = made.explain(**asked, **taken)
+            continue
+        again, figures = made.explain(**_some(asked, poor, made.model, feeds), **taken)
+        for array, rows in zip(parts, _parts(again), strict=True):
+            array[poor] = rows
+        for name, rows in figures.items():
+            checks[name][poor] = rows
+    return result, checks, taken
+
+
+def _parts(result: Any) -> list[np.ndarray]:
+    """The arrays of a result in any form."""
+    if isinstance(result, Mapping):
+        return list(result.values())
+    return list(result) if isinstance(result, tuple | list) else [result]
+
+
+def _some(
+    asked: Mapping[str, Any], index: np.ndarray, model: Model, feeds: Feeds
+) -> dict[str, Any]:
+    """The same question about some of the examples."""
+
+    def rows(name: str) -> np.ndarray:
+        array = feeds.arrays[name]
+        return array if model.axes[name] is None else array[index]
+
+    rest = [name for name in feeds.arrays if name not in feeds.explained]
+    target = asked.get("target")
+    some = {
+        "inputs": in_form({name: rows(name) for name in feeds.explained}, feeds.form),
+        "additional_forward_args": {name: rows(name) for name in rest} if rest else None,
+    }
+    if isinstance(target, np.ndarray | list):
+        some["target"] = [target[i] for i in index]
+    if asked.get("baselines") is not None:
+        named = named_baselines(model, feeds, asked["baselines"])
+        some["baselines"] = {k: b if len(b) == 1 else b[index] for k, b in named.items()}
+    return {**asked, **some}
 
 
 def _rounds(model: Model) -> bool:
@@ -317,7 +374,20 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model) ->
             "are means of samples with a standard error of up to",
             f"take more samples ({more})",
         ),
+        "completeness_gap": (
+            POOR_COMPLETENESS,
+            "are made of parts that miss the output by up to",
+            "the model is not piecewise linear there: compare with another method",
+        ),
+        "lost": (
+            POOR_COMPLETENESS,
+            "leave out a share of the probability of up to",
+            "it ends in places that nothing excites: compare with another method",
+        ),
     }
+    figures = dict(explanation.checks)
+    if "probability" in figures:
+        figures["lost"] = 1 - figures["probability"]
     alike = len({len(a) for a in rows}) == 1  # else some count something else than examples
     if alike and (zero := np.flatnonzero(~np.any([a.any(axis=1) for a in rows], axis=0)).tolist()):
         warnings.warn(
@@ -326,7 +396,7 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model) ->
             stacklevel=3,
         )
     for check, (limit, problem, advice) in told.items():
-        found = explanation.checks.get(check)
+        found = figures.get(check)
         if found is None:
             continue
         poor = [int(i) for i in np.flatnonzero(~(found <= limit)) if i not in bad]

@@ -247,3 +247,27 @@ def test_methods_are_found_by_other_names(net: ox.Model, name: str) -> None:
 def test_methods_that_are_not_there(net: ox.Model) -> None:
     with pytest.raises(ox.InputError, match="did you mean guided-backprop"):
         ox.explain(net, X, "guided-backdrop")
+
+
+def test_an_example_takes_its_own_steps(net: ox.Model) -> None:
+    """Whatever else is in the batch: only examples with a poor gap take more steps."""
+    text = """g (float[N,4] x, float[N,4] z) => (float[N,4] y) {
+        k = Constant<value_float=40.0>()  h = Mul(x, k)  s = Sigmoid(h)  y = Add(s, z) }"""
+    steep = model(HEAD + text)
+    x = np.array([[3.0, 0, 0, 0], [0.001, 0, 0, 0], [2.0, 0, 0, 0]], np.float32)
+    z = np.arange(12, dtype=np.float32).reshape(3, 4)
+    both = {
+        "target": [0, 0, 0],
+        "baselines": np.float32([[-1, 0, 0, 0], [0, 0, 0, 0], [-2, 0, 0, 0]]),
+        "additional_forward_args": z,
+    }
+    together = ox.explain(steep, x, **both)
+    assert together.options["n_steps"] > 50
+    for i in range(3):
+        alone = ox.explain(
+            steep, x[[i]], target=0, baselines=both["baselines"][[i]],
+            additional_forward_args=z[[i]],
+        )  # fmt: skip
+        np.testing.assert_allclose(alone.attributions[0], together.attributions[i], rtol=1e-6)
+        for name, figure in alone.checks.items():
+            np.testing.assert_allclose(figure, together.checks[name][[i]], rtol=1e-4, atol=1e-7)

@@ -23,6 +23,7 @@ _NO_OPTIONS = {
     "return_convergence_delta",
     "model",
     "layer",
+    "saliency_layer",  # another name of wrt
     "of",
     "wrt",
     "seed",
