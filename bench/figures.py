@@ -15,6 +15,7 @@ import numpy as np
 import onnxplain as ox
 from bench import networks
 from bench.measure import Disagreement, Report, Times, agree, fresh, interleave, seconds
+from bench.methods import LAYERS, ROWS, captum_call, onnxplain_call
 from bench.networks import Skip
 from bench.tasks import captum_ig, onnxplain_ig
 
@@ -37,6 +38,11 @@ class Scale:
     ig_images: tuple[int, ...] = (1, 4)
     internal_batch_sizes: tuple[int, ...] = (4, 8, 16, 25, 50, 100)
     processes: int = 5
+    method_steps: int = 25
+    method_batches: tuple[int | None, ...] = (2, 4, 10, 25, 50)
+    noise_batches: tuple[int | None, ...] = (1, 2, 5, None)
+    growth: tuple[int, ...] = (8, 32)
+    growth_limit: int = 1000 * 10**6
     rows: int = 10_000
     memory_limit: int = 512 * 10**6
     exporter: str = "torchscript"
@@ -44,7 +50,8 @@ class Scale:
 
 QUICK = Scale(
     rounds=1, long_rounds=1, size=64, batches=(1, 2), n_steps=4, ig_images=(1, 2),
-    internal_batch_sizes=(2, 4), processes=1, rows=300,
+    internal_batch_sizes=(2, 4), processes=1, rows=300, method_steps=3, method_batches=(6,),
+    noise_batches=(2,), growth=(3,),
 )  # fmt: skip
 
 
@@ -269,6 +276,92 @@ def _fresh(task: str, x: np.ndarray, **options: Any) -> tuple[dict[str, Any], np
         return reported, np.load(result)
 
 
+def method(name: str, network: str, report: Report, scale: Scale) -> None:
+    """One row of the table of methods against Captum at its fastest batch size."""
+    prefix, row = f"method/{network}/{name}", ROWS[name]
+    networks.require("captum")
+    if network in row.skip:
+        raise Skip(row.skip[network])
+    if not hasattr(ox, row.cls):
+        raise Skip(f"onnxplain has no {row.cls} yet")
+    onnx_file, torch_file = networks.network(network, scale.size, scale.exporter)
+    model, module = networks.model(onnx_file), networks.torch_module(torch_file)
+    x = networks.images(row.images, scale.size)
+    sized: dict[str, Any] = {"n_steps": scale.method_steps} if row.grows == "n_steps" else {}
+    if "neuron_selector" in row.options:
+        sized["neuron_selector"] = _active_neuron(model, LAYERS[network]["layer"], x)
+    ours = partial(onnxplain_call, row, network, model)
+    theirs = partial(captum_call, row, network, module)
+
+    compared = {**sized, **row.check}
+    at = x[:1] if "baselines" in row.check else x
+    run = onnxplain_call(row, network, model, at, **compared)
+    try:
+        want = captum_call(row, network, module, at, **compared)()
+    except (AssertionError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise Skip(f"Captum's {row.cls} can't on {network}: {str(error)[:200]}") from error
+    error = None if row.apart else agree(prefix, run(), want, IG_TOLERANCE)
+
+    tried: dict[int | None, Callable[[], Any]] = {None: theirs(x, **sized)}
+    if row.batch:
+        sizes = scale.method_batches if row.grows == "n_steps" else scale.noise_batches
+        tried = {size: theirs(x, **sized, **{row.batch: size}) for size in sizes}
+    found = {}
+    if len(tried) > 1:
+        found = {size: min(seconds(call) for _ in range(2)) for size, call in tried.items()}
+    best = min(found, key=found.__getitem__) if found else next(iter(tried))
+    contenders = {"onnxplain": ours(x, **sized), "captum": tried[best]}
+    times = interleave(contenders, scale.long_rounds)
+    report.figure(
+        prefix,
+        **_milliseconds(times, "onnxplain", "captum"),
+        baseline="captum" + (f", {row.batch}={best}" if row.batch else ""),
+        target="speedup >= 1.5",
+        speedup=1 / times.ratio("onnxplain", "captum"),
+        images=row.images,
+        relative_error=error,
+        not_compared=row.apart,
+        searched_seconds={str(k): v for k, v in found.items()} or None,
+    )
+
+
+def _active_neuron(model: ox.Model, layer: str, x: np.ndarray) -> tuple[int, ...]:
+    """A neuron that is active for every image: a dead one has no gradient to compare."""
+    least = ox.LayerActivation(model, layer).attribute(x).min(axis=0)
+    return tuple(int(k) for k in np.unravel_index(least.argmax(), least.shape))
+
+
+def growth(name: str, report: Report, scale: Scale) -> None:
+    """Peak memory of a fresh process by the number of steps or samples, ResNet-18, one image.
+
+    Ours under a memory limit; Captum's as it is called by default, all of them at once.
+    """
+    row = ROWS[name]
+    networks.require("captum")
+    if not hasattr(ox, row.cls) or (row.noise and not hasattr(ox, "NoiseTunnel")):
+        raise Skip(f"onnxplain has no {row.cls} yet")
+    onnx_file, torch_file = networks.network("resnet18", scale.size, scale.exporter)
+    x = networks.images(1, scale.size)
+    for count in scale.growth:
+        peaks = {}
+        for tool, file in (("onnxplain", onnx_file), ("captum", torch_file)):
+            reported, _ = _fresh(
+                "method_memory", x, tool=tool, file=str(file), row=name, count=count,
+                memory_limit=scale.growth_limit,
+            )  # fmt: skip
+            peaks[tool] = reported["peak"]
+        report.figure(
+            f"memory/{name}/{count}",
+            peaks["onnxplain"] / MEGA,
+            "MB",
+            ratio=peaks["onnxplain"] / peaks["captum"],
+            baseline="captum, all at once",
+            baseline_value=peaks["captum"] / MEGA,
+            target=f"value <= {scale.growth_limit / MEGA:g}",
+            **{row.grows or "count": count},
+        )
+
+
 def first_gradient(report: Report, scale: Scale) -> None:
     """From a path to the first gradient of ResNet-18, in a fresh process each time."""
     onnx_file, _ = networks.network("resnet18", scale.size, scale.exporter)
@@ -334,6 +427,12 @@ def units(scale: Scale) -> dict[str, Callable[[Report, Scale], None]]:
         },
         "mnist8": mnist8,
         **{f"integrated-gradients/{n}": partial(integrated_gradients, n) for n in scale.ig_images},
+        **{
+            f"method/{network}/{name}": partial(method, name, network)
+            for network in LAYERS
+            for name in ROWS
+        },
+        **{f"memory/{k}": partial(growth, k) for k, row in ROWS.items() if row.grows},
         "first-gradient": first_gradient,
         **{f"digits/{m}": partial(many_digits, m) for m in ("Saliency", "IntegratedGradients")},
         "overhead": overhead,

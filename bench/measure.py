@@ -56,12 +56,13 @@ class Report:
         """One measured figure.
 
         `ratio` is against `baseline`. `target` is an inequality such as "ratio <= 2.6" or
-        "value < 3"; whether it is met is worked out here, except in quick mode.
+        "value < 3", also on one of the `details`; whether it is met is worked out here, except in
+        quick mode.
         """
         met = None
         if target is not None and not self._quick:
             subject, relation, bound = target.split()
-            measured = {"value": value, "ratio": ratio}[subject]
+            measured = {"value": value, "ratio": ratio, **details}[subject]
             assert measured is not None, f"{name}: a target on the ratio needs a ratio"
             met = _RELATIONS[relation](measured, float(bound))
         self.line(

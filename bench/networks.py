@@ -108,11 +108,13 @@ def _session_options() -> onnxruntime.SessionOptions | None:
     return options
 
 
-def model(file: Path) -> Model:
+def model(file: Path, memory_limit: int | None = None) -> Model:
     """The model as onnxplain takes it, on the CPU with two threads."""
     import onnxplain as ox
 
-    return ox.Model(file, providers=_CPU, session_options=_session_options())
+    return ox.Model(
+        file, providers=_CPU, session_options=_session_options(), memory_limit=memory_limit
+    )
 
 
 def bare(file: Path) -> onnxruntime.InferenceSession:

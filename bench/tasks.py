@@ -79,6 +79,27 @@ def captum_ig(
     )
 
 
+def method_memory(
+    tool: str, file: str, x: str, row: str, count: int, memory_limit: int, result: str
+) -> dict[str, float]:
+    """Peak memory of a row of the table of methods on ResNet-18."""
+    from bench import networks
+    from bench.methods import ROWS, captum_call, onnxplain_call
+
+    inputs, asked = np.load(x), ROWS[row]
+    assert asked.grows is not None
+    if tool == "onnxplain":
+        model = networks.model(Path(file), memory_limit)
+        run = onnxplain_call(asked, "resnet18", model, inputs, **{asked.grows: count})
+    else:
+        module = networks.torch_module(Path(file))
+        run = captum_call(asked, "resnet18", module, inputs, **{asked.grows: count})
+    attributions = run()
+    peak = peak_bytes()
+    np.save(result, attributions)
+    return {"peak": peak}
+
+
 def explain_many(
     method: str, file: str, x: str, target: int, memory_limit: int, result: str
 ) -> dict[str, float]:
@@ -95,5 +116,7 @@ def explain_many(
 
 
 if __name__ == "__main__":
-    tasks = {f.__name__: f for f in (first_gradient, integrated_gradients, explain_many)}
+    tasks = {
+        f.__name__: f for f in (first_gradient, integrated_gradients, method_memory, explain_many)
+    }
     print(json.dumps(tasks[sys.argv[1]](**json.loads(sys.argv[2]))))

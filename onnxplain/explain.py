@@ -103,10 +103,9 @@ def explain(
         call["seed"] = seed
     asked = {"inputs": inputs, "additional_forward_args": additional_forward_args, **call}
     result, checks, taken = _answered(made, asked, _steps(info, options, model), feeds)
-    used = layer if layer is not None or embedded else getattr(made, "layer", None)
+    used = layer if layer is not None else getattr(made, "layer", None)
     over = made.laid_over(feeds)
-    by_inputs = by_inputs and (layer is not None or used is None)  # else by one that was chosen
-    if by_inputs:
+    if by_inputs and over is None:
         arrays, form = _by_input(result, feeds, embedded), feeds.form
         arrays = {k: np.moveaxis(v, model.axes[k] or 0, 0) for k, v in arrays.items()}
     else:

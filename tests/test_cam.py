@@ -21,8 +21,10 @@ from onnxplain.methods.cam import (
     LayerGradCam,
     XGradCAM,
 )
+from onnxplain.methods.excitation import ExcitationBackprop
 from onnxplain.methods.fullgrad import FullGrad
 from onnxplain.methods.interpolate import interpolate
+from onnxplain.methods.maps import GradCAMMap, VanillaBackprop
 from onnxplain.methods.modified import GuidedBackprop
 from tests.helpers import HEAD, model
 
@@ -348,6 +350,12 @@ def test_a_transform_that_does_something_else(transform: object, message: str) -
         made.attribute(X, target=TARGET)
 
 
+@pytest.mark.parametrize("method", [GradCAM, GradCAMMap, ExcitationBackprop])
+def test_a_transform_that_is_no_function(method: type[ox.Attribution]) -> None:
+    with pytest.raises(InputError, match=r"reshape_transform is a function that .*, not 3"):
+        method(net("tokens"), "tokens", reshape_transform=3)  # type: ignore[call-arg]
+
+
 def test_layers_that_can_not_be_laid_over_the_image() -> None:
     with pytest.raises(LayerError, match=r"shape \[N, 7\], without spatial.*some are 'a', 'h'"):
         GradCAM(net(), "r").attribute(X, target=TARGET)
@@ -369,10 +377,19 @@ def test_layers_that_can_not_be_laid_over_the_image() -> None:
     with pytest.raises(LayerError, match="no layer 'nowhere'"):
         GuidedGradCam(net(), "nowhere")
     table = model(f"{HEAD} net (float[N, 7] x) => (float[N, 3] y) {{ y = MatMul(x, v) }}", V)
-    with pytest.raises(LayerError, match="no layer with spatial axes"):
-        GradCAM(table)
-    with pytest.raises(InputError, match="no spatial axes to lay a map over"):
+    for cam in (GradCAM, GradCAMMap):
+        with pytest.raises(LayerError, match=FOR_TABLES):
+            cam(table)
+    with pytest.raises(LayerError, match=FOR_TABLES):
+        GuidedGradCam(table, "y").attribute(draw(2, 7), target=0)
+    with pytest.raises(InputError, match=f"no spatial axes to lay a map over; {FOR_TABLES}"):
         FullGrad(table).attribute(draw(2, 7), target=0)
+    for walk in (ExcitationBackprop, VanillaBackprop):
+        with pytest.raises(LayerError, match=FOR_TABLES):
+            walk(table).attribute(draw(2, 7), target=0)
+
+
+FOR_TABLES = "this method is for images and series: for tables take integrated-gradients"
 
 
 V = {"v": WEIGHTS["v"]}
@@ -398,6 +415,60 @@ def test_layer_grad_cam() -> None:
     np.testing.assert_allclose(got, want, **tight)
     summed_up = LayerGradCam(net(), "r").attribute(X, target=TARGET)
     np.testing.assert_allclose(summed_up, want.sum(1, keepdims=True), **tight)
+
+
+TIME_FIRST = f"""{HEAD}
+net (float[B, 3, 4] x) => (float[B, 2] y) {{
+    t = Transpose<perm = [1, 0, 2]>(x) h = MatMul(t, w) b = Transpose<perm = [1, 0, 2]>(h)
+    f = Flatten(b) y = MatMul(f, v)
+}}"""
+# Windows of an example are rows: no shape tells, as the exporter's sizes are computed.
+WINDOWS = f"""{HEAD}
+net (float[B, 12] x) => (float[B, 2] y) {{
+    r = Reshape(x, rows) h = MatMul(r, w) f = Reshape(h, back) y = MatMul(f, v)
+}}"""
+
+
+@pytest.mark.parametrize("examples", ["N", "1"])
+def test_a_layer_whose_first_axis_counts_something_else(examples: str) -> None:
+    weights = {"w": draw(4, 5), "v": draw(15, 2)}
+    first = model(TIME_FIRST.replace("B", examples), weights)
+    x = draw(3, 3, 4)
+    with pytest.raises(LayerError, match=r"layer 'h' \(shape \[3, .* are 'b', 'f'; LayerGradientX"):
+        LayerGradCam(first, "h").attribute(x, target=0)
+    want = ox.LayerGradientXActivation(first, "b", multiply_by_inputs=False).attribute(x, target=0)
+    a = ox.LayerActivation(first, "b").attribute(x)
+    got = LayerGradCam(first, "b").attribute(x, target=0)
+    np.testing.assert_allclose(got, summed(a * want.mean(2, keepdims=True)), rtol=1e-4, atol=1e-5)
+    rows = {"rows": np.array([-1, 4]), "back": np.array([-1, 15])}
+    merged = model(WINDOWS.replace("B", examples), {**weights, **rows})
+    with pytest.raises(LayerError, match=r"layer 'h' .* does not count the examples"):
+        LayerGradCam(merged, "h").attribute(x.reshape(3, 12), target=0)
+
+
+def test_maps_of_tokens_that_come_before_the_examples() -> None:
+    made = model(
+        f"""{HEAD} net (float[N, 3, 8, 12] x) => (float[N, 3] y) {{
+          {CONV} g = Reshape(a, grid) t = Transpose<perm = [2, 0, 1]>(g)
+          back = Transpose<perm = [1, 2, 0]>(t) f = Flatten(back) d = MatMul(f, w)
+          y = MatMul(d, v) }}""",
+        {k: (WEIGHTS | SHAPES)[k] for k in ("k", "b", "grid", "w", "v")},
+    )
+    for method in (GradCAM(made, "t"), GuidedGradCam(made, "t"), GradCAMMap(made, "t")):
+        with pytest.raises(LayerError, match=r"layer 't' .* does not count the examples"):
+            method.attribute(X, target=TARGET)  # type: ignore[attr-defined]
+
+
+def test_a_layer_of_a_batch_that_stays_fixed() -> None:
+    made = model(
+        f"""{HEAD} net (float[2, 3, 8, 12] x) => (float[2, 5] y) {{
+          {CONV} s = Sub(a, c) p = GlobalAveragePool(s) y = Flatten(p) }}""",
+        {"k": WEIGHTS["k"], "b": WEIGHTS["b"], "c": draw(2, 1, 1, 1)},
+    )
+    assert made.fixed_batch == 2
+    a = ox.LayerActivation(made, "a").attribute(X[:3])
+    got = LayerGradCam(made, "a").attribute(X[:3], target=2)
+    np.testing.assert_allclose(got, a[:, 2:3] / 24, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic", "area"])

@@ -305,6 +305,11 @@ def test_labels_from_a_file(tmp_path: Path) -> None:
     assert text.startswith("integrated-gradients for digit 7")
 
 
+def test_warnings_speak_of_options() -> None:
+    result = run("explain", CANCER, PATIENTS, "--method", "guided-backprop", "--layer", "relu2")
+    assert "(--option activations=all takes every one)" in result.stderr
+
+
 def test_logs_go_to_standard_error() -> None:
     result = run(
         "--verbose", "explain", SENTIMENT, "it was good", "--json", "--option", "n_steps=1"

@@ -181,6 +181,7 @@ ONE_OPERAND = {
     "LayerNormalization-1": "y = LayerNormalization<axis = 1>(x, scale, powers)",
     "InstanceNormalization": "y = InstanceNormalization(x, channels, channels)",
     "GroupNormalization": "y = GroupNormalization<num_groups = 2>(x, channels, channels)",
+    "MeanVarianceNormalization": "y = MeanVarianceNormalization<axes = [1, 2]>(x)",
     "LpNormalization": "s = ReduceL2(x, last) y = Div(x, s)",
     "MaxPool": "y = MaxPool<kernel_shape = [3], strides = [2], pads = [1, 1]>(x)",
     "GlobalMaxPool": "y = GlobalMaxPool(x)",
@@ -407,6 +408,49 @@ def test_reveal_cancel_splits_an_and() -> None:
     np.testing.assert_allclose(np.hstack(alone), np.hstack([a * (a <= b), b * (b < a)]), atol=1e-6)
 
 
+PARTIAL = {op: f"y = {op}(h)" for op in "Log Sqrt Reciprocal Tan Asin Acos Atanh".split()} | {
+    "root": "y = Pow(h, half)",
+    "inverse": "y = Pow(h, minus)",
+}
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_reveal_cancel_is_for_functions_defined_everywhere(name: str) -> None:
+    """The reference plus one part may lie outside of the domain: others are rescaled."""
+    weights = {"w": 0.1 * np.abs(WEIGHTS["w"]), "three": f32(3), "half": f32(0.5), "minus": f32(-1)}
+
+    def explained(body: str, rule: str) -> np.ndarray:
+        given = {k: v for k, v in weights.items() if k in body}
+        text = f"{HEAD} g (float[N, 4] x) => (float[N, 6] y) {{ {body} }}"
+        x, start = np.abs(X[:3]) + f32(0.2), np.abs(STARTS) + f32(0.2)
+        lift = ox.DeepLift(model(text, given), rule=rule)
+        got, delta = lift.attribute(x, start, target=2, return_convergence_delta=True)
+        np.testing.assert_allclose(delta, 0, atol=1e-5 * np.abs(got).sum())
+        return got
+
+    linear, function = "h = MatMul(x, w) ", PARTIAL[name]
+    got, want = (explained(linear + function, rule) for rule in ("reveal-cancel", "rescale"))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    curved = "g = MatMul(x, w) h = Softplus(g) "  # whose own parts reach below zero
+    assert np.isfinite(explained(curved + function, "reveal-cancel")).all()
+    for total in ("y = Pow(h, three)", "y = Pow(three, h)"):
+        got, want = (explained(linear + total, rule) for rule in ("reveal-cancel", "rescale"))
+        assert np.abs(got - want).max() > 1e-4 * np.abs(want).max()
+
+
+def test_reveal_cancel_of_masked_scores() -> None:
+    """A constant of minus infinity has no difference."""
+    net = model(
+        f"""{HEAD} g (float[N, 4] x) => (float[N, 6] y) {{
+            h = MatMul(x, w) m = Add(h, mask) y = Exp(m) }}""",
+        {"w": WEIGHTS["w"], "mask": f32([0, -np.inf, 0, 0, 0, -np.inf])},
+    )
+    for target, some in ((0, True), (1, False)):
+        got = ox.DeepLift(net, rule="reveal-cancel").attribute(X[:3], STARTS, target=target)
+        assert np.isfinite(got).all()
+        assert got.any() == some
+
+
 def test_reveal_cancel_of_a_layer_merges_both_parts() -> None:
     net = dense([(np.asarray([[1.0], [-1.0]]), np.zeros(1), "Relu")], "MatMul")
     x = f32([[3, 5]])
@@ -496,10 +540,49 @@ def test_custom_attribution_function() -> None:
     np.testing.assert_allclose(
         got, ox.LayerDeepLift(NET, "a0", False).attribute(X, STARTS[:1], 0), rtol=1e-6
     )
-    with pytest.raises(ox.InputError, match="4 arguments"):
-        lift.attribute(X, target=0, custom_attribution_func=lambda a, b, c, d: a)
-    with pytest.raises(ox.InputError, match="tuple of 1"):
-        lift.attribute(X, target=0, custom_attribution_func=lambda m: m[0])
+    got = lift.attribute(X, target=0, custom_attribution_func=lambda m, x, b, scale=2: m)
+    np.testing.assert_allclose(got, ox.DeepLift(NET, False).attribute(X, target=0), rtol=1e-6)
+    got = lift.attribute(X, target=0, custom_attribution_func=lambda *sides: (sides[2][0][:, :2],))
+    np.testing.assert_array_equal(got, np.zeros((5, 2)))
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (3, "custom_attribution_func is 3: give None or a function"),
+        (lambda a, b, c, d: a, r"custom_attribution_func takes \(a, b, c, d\).*one to three"),
+        (lambda: 0, r"takes \(\)"),
+        (lambda m: m[0], "tuple of 1 array.*not ndarray"),
+        (lambda m: (m[0], m[0]), "tuple of 1 array.*not tuple of 2"),
+        (lambda m: (m[0].sum(),), r"float32 \[\] for 'x'.*one row for each row.*\[5, 4\]"),
+        (lambda m: (m[0][1:],), r"float32 \[4, 4\] for 'x'"),
+        (lambda m: (np.full(5, "a"),), r"<U1 \[5\].*wanted are numbers"),
+    ],
+)
+def test_refused_custom_attribution_functions(function: object, says: str) -> None:
+    with pytest.raises(ox.InputError, match=f"(?s){says}"):
+        ox.DeepLift(NET).attribute(X, target=0, custom_attribution_func=function)
+
+
+def test_an_operator_without_a_rule_says_what_would_work() -> None:
+    has = operator("y = ReduceProd(x, last)", False)
+    says = r"operator ReduceProd .* has no deeplift rule and no function body.*IntegratedGradients"
+    with pytest.raises(ox.NoRuleError, match=f"(?s){says}"):
+        ox.DeepLift(has).attribute(draws(False))
+    assert ox.Saliency(has).attribute(draws(False)[0]).any()
+    none = operator("k = Constant<value_ints = [6]>() y, i = TopK(x, k)", False)
+    with pytest.raises(ox.NoRuleError, match=r"no derivative rule and no.*perturbation method"):
+        ox.DeepLift(none).attribute(draws(False))
+
+
+def test_axes_beyond_the_rank() -> None:
+    """onnxruntime runs it; by the standard it means nothing."""
+    net = model(
+        f"{HEAD} g (float[N, 4] x) => (float[N, 4] y) {{ y = MeanVarianceNormalization(x) }}"
+    )
+    for rule in RULES:
+        with pytest.raises(ox.UnsupportedModelError, match="MeanVarianceNorm.*axes beyond"):
+            ox.DeepLift(net, rule=rule).attribute(X, STARTS[:1], 0)
 
 
 def test_refusals() -> None:

@@ -214,6 +214,17 @@ def test_what_nothing_excites_gets_nothing() -> None:
 # ---- the layers of the contrastive form --------------------------------------------------------
 
 
+def test_half_precision(layered: ox.Model) -> None:
+    parts = {k: v.astype(np.float16) for k, v in PARTS.items()}
+    half, photos = model(LAYERED.replace("float[", "float16["), parts), PHOTOS.astype(np.float16)
+    for method in (ExcitationBackprop, ContrastiveExcitationBackprop):
+        for layer in (None, "r"):
+            want = method(layered, layer).attribute(PHOTOS, target=1)
+            got = method(half, layer).attribute(photos, target=1)
+            assert got.dtype == np.float32
+            np.testing.assert_allclose(got, want, atol=0.02 * want.max())
+
+
 @pytest.mark.parametrize("name", [None, "z", "y"])
 def test_the_classifier_is_found(layered: ox.Model, name: str | None) -> None:
     method = ContrastiveExcitationBackprop(layered, "r", classifier_layer=name)

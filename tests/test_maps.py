@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,9 @@ def test_smoothing_is_a_gaussian_filter(net: ox.Model) -> None:
         ({"resize": (5, 0)}, "positive integers"),
         ({"resize": 5}, "resize=5"),
         ({"resize": (5, 2.5)}, "positive integers"),
-        ({"resize": True, "resize_mode": "linear"}, "2|bilinear"),
-        ({"resize": True, "resize_mode": "lanczos"}, "lanczos"),
+        ({"resize": True, "resize_mode": "linear"}, "resize_mode 'linear' .* there are 2: .*bilin"),
+        ({"resize": True, "resize_mode": "lanczos"}, "resize_mode is one of .* not 'lanczos'"),
+        ({"resize_mode": "lanczos"}, "resize_mode is one of .* not 'lanczos'"),
         ({"smooth": -0.1}, "smooth=-0.1"),
         ({"smooth": float("nan")}, "smooth=nan"),
     ],
@@ -196,7 +198,7 @@ def test_layers_neurons_and_other_inputs() -> None:
     }}"""
     made = model(text, {"K": WEIGHTS["K1"], "W": normal(4, 2), "V": normal(8, 5)})
     row = normal(2, 4)
-    with pytest.raises(LayerError, match=r"'row' has shape \[N, 4\], without spatial axes"):
+    with pytest.raises(LayerError, match=r"'row' has shape \[N, 4\], without .*in additional_for"):
         GradientMap(made).attribute((IMAGES, row), target=0)
     alone = GradientMap(made).attribute(IMAGES, target=0, additional_forward_args=(row,))
     assert alone.shape == (2, 1, 12, 12)
@@ -210,6 +212,45 @@ def test_layers_neurons_and_other_inputs() -> None:
     )
     gradient = ox.NeuronGradient(made, "f").attribute(IMAGES, (3,), additional_forward_args=(row,))
     np.testing.assert_array_equal(neuron, np.abs(gradient).max(1, keepdims=True))
+
+
+def test_grad_cam_is_of_the_last_spatial_layer(
+    net: ox.Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "onnxplain"):
+        method = GradCAMMap(net)
+    assert method.layer == "p2"  # what the last convolution makes of it has one place
+    assert "grad-cam-map explains by layer 'p2'" in caplog.text
+    want = GradCAMMap(net, "p2").attribute(IMAGES, target=TARGETS, resize=True)
+    np.testing.assert_array_equal(method.attribute(IMAGES, target=TARGETS, resize=True), want)
+    np.testing.assert_allclose(
+        want, ox.GradCAM(net).attribute(IMAGES, target=TARGETS), rtol=1e-4, atol=1e-6
+    )
+    explanation = ox.explain(net, IMAGES, "grad-cam-map", target=TARGETS, resize=True)
+    assert explanation.layer == "p2"
+    assert list(explanation.arrays) == ["x"]
+    np.testing.assert_array_equal(explanation.arrays["x"], want)
+    # of a neuron: the last layer before it
+    assert GradCAMMap(net, of="c2").layer == "p1"
+    # other maps are of the inputs
+    assert GradientMap(net).layer is None
+    assert ox.explain(net, IMAGES, "gradient-map", target=TARGETS).layer is None
+
+
+def test_a_map_of_a_layer_on_record() -> None:
+    text = f"""{HEAD}
+    net (float[N, 4] row, float[N, 3, 12, 12] x) => (float[N, 6] y) {{
+        c = Conv(x, K) r = Relu(c) m = GlobalAveragePool(r) f = Flatten(m) t = MatMul(row, W)
+        y = Add(f, t)
+    }}"""
+    made = model(text, {"K": WEIGHTS["K1"], "W": normal(4, 6)})
+    inputs = (normal(2, 4), IMAGES)
+    found = ox.explain(made, inputs, "grad-cam-map", target=1, layer="r")
+    assert (found.layer, list(found.arrays)) == ("r", ["x"])
+    want = GradCAMMap(made, "r").attribute(inputs, target=1)
+    np.testing.assert_array_equal(found.arrays["x"], want)
+    neuron = ox.explain(made, inputs, "grad-cam-map", layer="f", neuron=1)  # found before it
+    np.testing.assert_allclose(neuron.arrays["x"], want, rtol=1e-5)
 
 
 def test_half_precision() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from onnxplain import (
     NeuronDeconvolution,
     NeuronGuidedBackprop,
 )
-from onnxplain.errors import InputError, NeuronError
+from onnxplain.errors import InputError, NeuronError, NotDifferentiableError
 from tests.helpers import HEAD, model
 
 RNG = np.random.default_rng(0)
@@ -57,6 +59,17 @@ def test_a_clip_that_is_no_relu_stays() -> None:
     with pytest.warns(UserWarning, match="plain gradient"):
         got = GuidedBackprop(made).attribute(X, target=0)
     np.testing.assert_allclose(got, ox.Saliency(made).attribute(X, target=0, abs=False))
+
+
+@pytest.mark.parametrize("method", [GuidedBackprop, ox.GuidedBackpropMap])
+def test_what_can_not_be_explained_is_refused_without_a_warning(
+    method: type[ox.Attribution],
+) -> None:
+    made = model(f"{HEAD} net (float[N, 1, 4, 4] x) => (float[N, 1, 4, 4] y) {{ y = Floor(x) }}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(NotDifferentiableError):
+            method(made).attribute(np.zeros((1, 1, 4, 4), np.float32), target=(0, 0, 0))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("activations", ["all", ["Tanh"], ("LeakyRelu", "Tanh")])

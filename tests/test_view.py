@@ -163,7 +163,11 @@ def test_layer_attributions_are_upsampled_over_the_image() -> None:
         overlay = quarters(panel(figure, 1))
         assert overlay["TL"][0] > overlay["TL"][2] + 100
         assert overlay["TR"][2] > overlay["TR"][0] + 100
-        assert "largest |attribution| 16" in said  # summed over 16 channels
+        assert "sum over 16 channels" in said
+        assert "largest |attribution| 16" in said
+    one = signed_corners(4, 1)
+    said = text_of(view.figure(explain(x, one, arrays={"conv": one}, layer="conv")))
+    assert "sum over" not in said
 
 
 def test_layers_that_lie_nowhere_on_the_image() -> None:

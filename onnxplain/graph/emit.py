@@ -221,7 +221,9 @@ class Emitter:
         """``g`` in the dtype of ``value``."""
         if g.dtype is not None and g.dtype == value.dtype:
             return g
-        return self.Cast(g, to=value.dtype)
+        out: ir.Value = self.Cast(g, to=value.dtype)
+        out.shape = g.shape
+        return out
 
     def unbroadcast(self, g: ir.Value, from_: ir.Value, to: ir.Value) -> ir.Value:
         """Sum ``g`` (of the shape of ``from_``) over the axes along which ``to`` was broadcast."""

@@ -11,6 +11,7 @@ import onnx
 import onnx.reference
 import onnx_ir as ir
 
+from onnxplain.errors import UnsupportedModelError
 from onnxplain.graph import recurrent, shapes
 from onnxplain.graph.emit import Emitter, const_array
 
@@ -55,6 +56,12 @@ def expand(graph: ir.Graph, node: ir.Node) -> bool:
     if inner is None:
         return False
     fold(inner)
+    if any(v.type is None for v in _values(inner.graph) if v.name):  # inference gave up
+        raise UnsupportedModelError(
+            f"operator {node.op_type} (node '{node.name}') has attributes that do not go with its "
+            "inputs by the standard, such as axes beyond their rank, so it can't be rewritten as "
+            "its function body; export the model with attributes that do"
+        )
     op = Emitter(graph, f"{node.op_type}_body")
     for value in list(_values(inner.graph)):
         value.name = op.name(value.name) if value.name else ""

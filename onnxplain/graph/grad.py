@@ -23,6 +23,11 @@ from onnxplain.graph.emit import Call, Emitter, const_array, is_float
 from onnxplain.rules import Rules, apply
 from onnxplain.rules.vjp import NO_DERIVATIVE, VJP
 
+_PERTURB = (
+    "Explain with respect to a layer behind it, or use a perturbation method, which needs no "
+    "gradient"
+)
+
 # What quantized integers, and sums of their products, are stored in.
 QUANTIZED = frozenset(
     ir.DataType[name]
@@ -195,11 +200,13 @@ def expand_functions(
             return active
         for node in missing:
             if not functions.expand(graph, node):
+                kind, instead = "derivative rule", _PERTURB
+                if VJP.find(node) is not None:
+                    kind, instead = f"{rules.tables[-1].name} rule", rules.tables[-1].instead
                 raise NoRuleError(
                     f"operator {node.op_type} (domain '{node.domain or 'ai.onnx'}', node "
-                    f"'{node.name}') between '{of[0].name}' and '{wrt[0].name}' has no derivative "
-                    "rule and no function body. Explain with respect to a layer behind it, or use "
-                    "a perturbation method, which needs no gradient"
+                    f"'{node.name}') between '{of[0].name}' and '{wrt[0].name}' has no {kind} and "
+                    f"no function body. {instead or _PERTURB}"
                 )
 
 

@@ -6,7 +6,6 @@ A map is data: one formula from activations and gradients to weighted activation
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -30,8 +29,11 @@ from onnxplain.methods.spatial import (
     Image,
     Transform,
     channel_axis,
+    checked,
+    example_shape,
     grid,
     image,
+    images,
     last_spatial_layer,
     layer_image,
     nearest,
@@ -40,8 +42,6 @@ from onnxplain.model import Model, single
 from onnxplain.rules import Rules, modified
 from onnxplain.rules.vjp import VJP
 from onnxplain.run.feeds import Arrays, Feeds
-
-log = logging.getLogger("onnxplain")
 
 Weighted = Callable[[Emitter, ir.Value, ir.Value, list[int]], ir.Value]
 """Weighted activations from activations, gradients (both [N, C, *spatial]) and spatial axes."""
@@ -118,9 +118,8 @@ class ClassActivationMap(Attribution):
     ) -> None:
         super().__init__(model, wrt=layer)
         if layer is None:
-            self._wrt = last_spatial_layer(model)
-            log.info("%s explains by layer '%s', the last with spatial axes", self.name, self._wrt)
-        self.reshape_transform = reshape_transform
+            self._wrt = last_spatial_layer(self)
+        self.reshape_transform = checked(reshape_transform)
 
     @property
     def layer(self) -> Layers:
@@ -209,14 +208,12 @@ class ClassActivationMap(Attribution):
 
     def laid_over(self, feeds: Feeds) -> list[str] | None:
         """The image of each map."""
-        _, groups = self._resolve(False, False)
-        layers = [layer for group in groups or () for layer in group]
-        return [layer_image(self.model, layer, feeds.arrays).name for layer in layers]
+        return images(self, feeds)
 
     def _place(self, question: Question, layer: ir.Value) -> tuple[Image, Grid]:
         """The image that a layer's map is laid over, and the maps in the layer's values."""
         seen = layer_image(self.model, layer, question.feeds.arrays)
-        shape = self._trailing(layer, question.feeds, False)
+        shape = example_shape(self, layer, question.feeds)
         where = grid(layer, shape, seen.sizes, self.reshape_transform)
         if where is None:
             raise LayerError(
@@ -345,7 +342,10 @@ class LayerGradCam(Attribution):
 
     Args:
         model: the model.
-        layer: a layer's name, or a list of names.
+        layer: a layer's name, or a list of names. Its first axis has to count the examples.
+
+    Raises:
+        LayerError: it counts something else, or there is no second axis.
     """
 
     name = "layer-grad-cam"
@@ -396,6 +396,7 @@ class LayerGradCam(Attribution):
                     f"layer '{value.name}' has one number per example, no channels; "
                     f"{nearest(self.model, value)}"
                 )
+            example_shape(self, value, question.feeds)
         key = (self.name, relu_attributions, attr_dim_summation)
         return question.answer(self._pass(question, key, write))
 
@@ -467,7 +468,7 @@ class GuidedGradCam(Attribution):
 
     def _attribute(self, question: Question, interpolate_mode: str, entering: bool) -> Any:
         layer = single(self.model, self.layer, entering=entering)
-        shape = self._trailing(layer, question.feeds, False)
+        shape = example_shape(self, layer, question.feeds)
         places = [self._place(question, v, layer, shape) for v in question.wrt]
         fitting = [i for i, place in enumerate(places) if place is not None]
         if not fitting:

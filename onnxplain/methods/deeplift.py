@@ -103,8 +103,8 @@ class DeepLift(Attribution):
             return_convergence_delta: also return [N], the sum of an example's attributions minus
                 the difference of the outputs at the input and at the baseline.
             custom_attribution_func: makes the attributions of multipliers, inputs and baselines (or
-                of the first one or two of these): tuples of [N, ...] arrays with one entry per
-                source, as it returns.
+                of the first one or two of these, if it takes no more): tuples of [N, ...] arrays
+                with one entry per source, as it returns.
 
         Returns:
             Attributions of the inputs' shape, in the inputs' form; with the delta if asked for.
@@ -122,6 +122,8 @@ class DeepLift(Attribution):
         gaps: list[np.ndarray] | None = None,
     ) -> Any:
         """The mean over an example's baselines; ``gaps`` receives the delta of each pair."""
+        if custom_attribution_func is not None:
+            _taken(custom_attribution_func)
         arrays = []
         for pairs, rows, each in self._pairs(question, baselines):
             *found, difference = self._compare(pairs, rows, custom_attribution_func)
@@ -240,7 +242,7 @@ class DeepLift(Attribution):
         if custom is None:
             return found
         sides = found[:count], found[count + 1 : 2 * count + 1], found[2 * count + 1 :]
-        return [*_customized(custom, *map(tuple, sides)), found[count]]
+        return [*_customized(custom, pairs.wrt, *map(tuple, sides)), found[count]]
 
     def _differences(self, pairs: Question, rows: Mapping[str, Any]) -> np.ndarray:
         """The explained value of each pair at the input minus that at the baseline, float64."""
@@ -372,8 +374,12 @@ def _explained(
 
 def _rows_first(value: ir.Value, array: np.ndarray) -> tuple[np.ndarray, int]:
     """Attributions of a source with the axis that counts the rows first, and that axis."""
-    axis = dims(value).index(BATCH) if BATCH in dims(value) else 0
+    axis = _rows_axis(value)
     return np.moveaxis(array, axis, 0), axis
+
+
+def _rows_axis(value: ir.Value) -> int:
+    return dims(value).index(BATCH) if BATCH in dims(value) else 0
 
 
 def _sums(pairs: Question, arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -413,18 +419,45 @@ def _repeated(seeds: Seeds, first: int, each: int) -> Seeds:
     return rows
 
 
-def _customized(custom: Custom, *sides: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+def _taken(custom: Any) -> int:
+    """How many of multipliers, inputs and baselines a function takes."""
+    try:
+        signature = inspect.signature(custom)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"custom_attribution_func is {custom!r}: give None or a function, such as "
+            "lambda multipliers, inputs, baselines: ..."
+        ) from None
+    for count in (3, 2, 1):
+        try:
+            signature.bind(*range(count))
+        except TypeError:
+            continue
+        return count
+    raise InputError(
+        f"custom_attribution_func takes {signature}; it gets one to three arguments: multipliers, "
+        "inputs, baselines"
+    )
+
+
+def _customized(
+    custom: Custom, wrt: Sequence[ir.Value], *sides: tuple[np.ndarray, ...]
+) -> list[np.ndarray]:
     """What a function makes of multipliers, inputs and baselines, or of the first of these."""
-    wanted = len(inspect.signature(custom).parameters)
-    if not 1 <= wanted <= len(sides):
+    found = custom(*sides[: _taken(custom)])
+    if not isinstance(found, tuple | list) or len(found) != len(wrt):
+        came = type(found).__name__
         raise InputError(
-            f"custom_attribution_func takes {wanted} arguments; it gets one to three: multipliers, "
-            "inputs, baselines"
+            f"custom_attribution_func must return a tuple of {len(wrt)} array(s), one for each "
+            f"source, not {f'{came} of {len(found)}' if isinstance(found, tuple | list) else came}"
         )
-    found = custom(*sides[:wanted])
-    if not isinstance(found, tuple | list) or len(found) != len(sides[0]):
-        raise InputError(
-            f"custom_attribution_func must return a tuple of {len(sides[0])} array(s), one for "
-            f"each source, not {type(found).__name__}"
-        )
-    return [np.asarray(a) for a in found]
+    arrays = [np.asarray(a) for a in found]
+    for value, array, multipliers in zip(wrt, arrays, sides[0], strict=True):
+        rows = multipliers.shape[: _rows_axis(value) + 1]
+        if array.dtype.kind not in "fiub" or array.shape[: len(rows)] != rows:
+            raise InputError(
+                f"custom_attribution_func returned {array.dtype} {list(array.shape)} for "
+                f"'{value.name}'; wanted are numbers, one row for each row of the multipliers "
+                f"({list(multipliers.shape)})"
+            )
+    return arrays

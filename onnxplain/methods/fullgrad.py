@@ -15,7 +15,7 @@ from onnxplain.graph.grad import Active, backward
 from onnxplain.methods.base import Attribution, Question
 from onnxplain.methods.cam import unit
 from onnxplain.methods.interpolate import MODES, chosen_mode, emit_interpolate
-from onnxplain.methods.spatial import Grid, Image, grid, image
+from onnxplain.methods.spatial import Grid, Image, grid, image, instead
 from onnxplain.model import Model
 from onnxplain.rules.affine import is_affine
 from onnxplain.rules.vjp import VJP
@@ -92,8 +92,8 @@ class FullGrad(Attribution):
         seen = image(value, value, question.feeds.arrays[value.name or ""].shape[1:])
         if seen is None:
             raise InputError(
-                f"input '{value.name}' has no spatial axes to lay a map over: pass it in "
-                "additional_forward_args"
+                f"input '{value.name}' has no spatial axes to lay a map over; "
+                f"{instead(question.feeds)}"
             )
         return seen
 

@@ -66,14 +66,17 @@ MODES: dict[str, tuple[Callable[[int, int], np.ndarray], int | None]] = {
 }
 
 
-def check_mode(mode: str, axes: int) -> None:
-    """Refuse a mode that is unknown or not defined for so many spatial axes."""
+def check_mode(mode: str, axes: int | None, name: str = "interpolate_mode") -> None:
+    """Refuse a mode that is unknown or not defined for so many spatial axes (None: any number).
+
+    ``name`` is what the user calls it.
+    """
     if mode not in MODES:
-        raise InputError(f"interpolate_mode is one of {', '.join(MODES)}, not {mode!r}")
-    if MODES[mode][1] not in (None, axes):
+        raise InputError(f"{name} is one of {', '.join(MODES)}, not {mode!r}")
+    if axes is not None and MODES[mode][1] not in (None, axes):
         possible = ", ".join(name for name, (_, count) in MODES.items() if count in (None, axes))
         raise InputError(
-            f"mode '{mode}' interpolates {MODES[mode][1]} spatial axes, and there are {axes}: "
+            f"{name} '{mode}' interpolates {MODES[mode][1]} spatial axes, and there are {axes}: "
             f"use {possible}"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from onnxplain.rules.lrp import (
     PRESETS,
     Entry,
     Known,
+    Preset,
     Propagation,
     PropagationRule,
     Selector,
@@ -32,6 +34,11 @@ from onnxplain.rules.lrp import (
 from onnxplain.run.feeds import Arrays
 
 RuleList = Sequence[tuple[Selector, PropagationRule]]
+
+_INSTEAD = (
+    "Choose a rule for it, rules=[(its operator, ox.lrp.Epsilon()), ...]; explain with respect to "
+    "a layer behind it; or use IntegratedGradients, which takes its derivative"
+)
 
 
 class LRP(Attribution):
@@ -48,12 +55,13 @@ class LRP(Attribution):
             ``(selector, rule)`` of which the first that matches and fits a node wins. A selector is
             the name of a layer (all nodes of a scope), an operator type, "first" (the linear layers
             that are reached first from what is explained), a predicate on the ``onnx_ir.Node``, or
-            a list of names.
+            a list of names. The rule must fit some node of each layer, and some node of the
+            operator types; other nodes that match are passed over.
         of, wrt: names of layers, see :class:`Attribution`.
 
     Raises:
         LayerError: a selector names nothing in the model, or none of the rules matches a layer.
-        InputError: not a preset, a list of pairs, or a rule.
+        InputError: not a preset, a list of pairs, or a rule; no rule at all.
 
     Source: Bach et al., "On Pixel-Wise Explanations for Non-Linear Classifier Decisions by
     Layer-Wise Relevance Propagation", PLoS ONE 10(7), 2015, e0130140. Unit: output.
@@ -78,11 +86,7 @@ class LRP(Attribution):
         if isinstance(rules, str):
             rules = preset(rules)
         self.rules: list[tuple[Selector, PropagationRule]] = _checked(rules)
-        self._entries = [
-            self._entry(part, rule)
-            for selector, rule in self.rules
-            for part in (selector if isinstance(selector, list | tuple) else [selector])
-        ]
+        self._entries = [e for pair in self.rules for e in self._of_pair(pair)]
         nodes = list(model.graph.graph)
         if self.rules and not any(
             n.op_type in LINEAR if e.selects is None else e.selects(n)
@@ -95,15 +99,27 @@ class LRP(Attribution):
                 f"({kinds}), by names from model.layers(), or by 'first'"
             )
 
-    def _entry(self, selector: Any, rule: PropagationRule) -> Entry:
-        """A rule with what its selector picks."""
+    def _of_pair(self, pair: tuple[Selector, PropagationRule]) -> list[Entry]:
+        """A rule with what its selector picks: the operators of a list together, layers alone."""
+        selector, rule = pair
         if callable(selector):
-            return Entry(rule, selector)
+            found = [Entry(rule, selector, "a predicate")]
+        else:
+            names = [selector] if isinstance(selector, str) else selector
+            present = {n.op_type for n in self.model.graph.graph}
+            kinds = [k for k in names if k in present or onnx.defs.has(k)]
+            found = [self._entry(name, rule) for name in names if name not in kinds]
+            if kinds:
+                said = ", ".join(map(repr, kinds))
+                found.append(Entry(rule, lambda node: node.op_type in kinds, said))
+        idle = isinstance(pair, Preset)
+        return [replace(e, selector=None) for e in found] if idle else found
+
+    def _entry(self, selector: str, rule: PropagationRule) -> Entry:
+        """A rule with the layer that its selector names."""
         if selector == "first":
-            return Entry(rule)
+            return Entry(rule, None, "'first'")
         nodes = list(self.model.graph.graph)
-        if any(n.op_type == selector for n in nodes) or onnx.defs.has(selector):
-            return Entry(rule, lambda node: node.op_type == selector)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # all calls of a reused module are meant
             values = self.model.resolve(selector)
@@ -116,7 +132,7 @@ class LRP(Attribution):
             }
         if not named:
             raise LayerError(f"'{selector}' is a model input: no layer has this name")
-        return Entry(rule, lambda node: node.name in named, selector)
+        return Entry(rule, lambda node: node.name in named, f"layer '{selector}'")
 
     def has_convergence_delta(self) -> bool:
         """True."""
@@ -144,7 +160,8 @@ class LRP(Attribution):
         Raises:
             NoRuleError: an operator on the way has no rule.
             LayerError: no relevance reaches a layer.
-            InputError, TargetError, NotDifferentiableError.
+            InputError: a rule fits none of the nodes that it was chosen for; or the inputs.
+            TargetError, NotDifferentiableError.
         """
         return self._call(locals())
 
@@ -211,7 +228,7 @@ class LRP(Attribution):
         wrt: Sequence[ir.Value],
         log: Callable[[PropagationRule, ir.Node], None] | None = None,
     ) -> list[ir.Value]:
-        known = Rules([Known(self._entries)])
+        known = Rules([Known(self._entries, _INSTEAD)])
         active = expand_functions(op.graph, [of], wrt, known)
         check_path(op.graph, [of], wrt, known)
         before = (v for n in upstream(op.graph, wrt) for v in n.inputs if v is not None)
@@ -277,10 +294,10 @@ def _checked(rules: Any) -> list[tuple[Selector, PropagationRule]]:
     """Rules as a list of pairs."""
     if rules is None:
         return []
-    if not isinstance(rules, list | tuple):
+    if not isinstance(rules, list | tuple) or not rules:
         raise InputError(
-            f"rules={rules!r}: give None, a preset ({', '.join(PRESETS)}), or a list of "
-            "(selector, rule)"
+            f"rules={rules!r}: give None, a preset ({', '.join(PRESETS)}), or a list of at "
+            "least one (selector, rule)"
         )
     for pair in rules:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -295,4 +312,4 @@ def _checked(rules: Any) -> list[tuple[Selector, PropagationRule]]:
                 f"selector {selector!r} is not a layer's name, an operator type, 'first', a list "
                 "of these, or a predicate on the node"
             )
-    return [(selector, rule) for selector, rule in rules]
+    return [pair if isinstance(pair, Preset) else (pair[0], pair[1]) for pair in rules]

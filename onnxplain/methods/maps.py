@@ -19,21 +19,26 @@ from onnxplain.graph.edit import downstream
 from onnxplain.graph.emit import Emitter, dims, rank
 from onnxplain.graph.grad import backward
 from onnxplain.methods.base import Attribution, Layers, Question
-from onnxplain.methods.interpolate import MODES, emit_along, matrices, smoothing
+from onnxplain.methods.interpolate import MODES, check_mode, emit_along, matrices, smoothing
 from onnxplain.methods.modified import ModifiedActivations
 from onnxplain.methods.spatial import (
     Grid,
     Image,
     Transform,
     channel_axis,
+    checked,
+    example_shape,
     grid,
     image,
+    images,
+    instead,
+    last_spatial_layer,
     layer_image,
     nearest,
 )
 from onnxplain.model import Model, single
 from onnxplain.rules import modified
-from onnxplain.run.feeds import Arrays
+from onnxplain.run.feeds import Arrays, Feeds
 
 # Reductions make a map [N, 1, *spatial], or colors [N, C, *spatial], of values, of what came back
 # to them (both [N, C, *spatial]) and of the numbers of the spatial axes.
@@ -105,6 +110,8 @@ class SaliencyMap(Attribution):
     choices: ClassVar = {"resize_mode": tuple(MODES)}
     exact: ClassVar[bool] = True
     """Whether the derivative itself is taken."""
+    of_inputs: ClassVar[bool] = True
+    """Whether the map is of the inputs where no layer is named; else of the last spatial layer."""
     reduce: ClassVar[Callable[..., ir.Value]]
 
     def __init__(
@@ -117,7 +124,18 @@ class SaliencyMap(Attribution):
         wrt: Layers | None = None,
     ) -> None:
         super().__init__(model, of=of, wrt=saliency_layer if wrt is None else wrt)
-        self.reshape_transform = reshape_transform
+        if self._wrt is None and not self.of_inputs:
+            self._wrt = last_spatial_layer(self)
+        self.reshape_transform = checked(reshape_transform)
+
+    @property
+    def layer(self) -> Layers | None:
+        """The layer (or the list of layers) that the map is of; None: the inputs."""
+        return self._wrt
+
+    def laid_over(self, feeds: Feeds) -> list[str] | None:
+        """The image of each layer's map."""
+        return None if self._wrt is None else images(self, feeds)
 
     def attribute(
         self,
@@ -201,7 +219,7 @@ class SaliencyMap(Attribution):
 
     def _place(self, question: Question, value: ir.Value) -> tuple[Image, Grid]:
         """The image that a map is laid over, and where a value has its channels and its space."""
-        shape = self._trailing(value, question.feeds, False)
+        shape = example_shape(self, value, question.feeds)
         where: Grid | None = None
         if not value.is_graph_input():
             seen = layer_image(self.model, value, question.feeds.arrays)
@@ -213,7 +231,7 @@ class SaliencyMap(Attribution):
             sizes = tuple(s for s in found.sizes if s is not None)
             where = Grid(found.channels or 1, 0, (channels, *sizes))
         else:
-            hint = "pass it in additional_forward_args, or name a saliency_layer"
+            hint = instead(question.feeds)
         if where is None:
             raise LayerError(
                 f"'{value.name}' has shape [N, {', '.join(map(str, shape))}], without spatial axes "
@@ -233,6 +251,7 @@ def _finish(
 ) -> list[np.ndarray]:
     """The matrix of each spatial axis that resizes and smooths a map; none if it stays as it is."""
     sizes = where.sizes
+    check_mode(mode, len(sizes) if resize is not False else None, "resize_mode")
     if resize is True:
         sizes = tuple(s for s in seen.sizes if s is not None)
     elif resize is not False:
@@ -281,12 +300,16 @@ class LinearApproximation(SaliencyMap):
 class GradCAMMap(SaliencyMap):
     """Grad-CAM of a layer, at the layer's size if not resized (TorchRay's "grad_cam").
 
+    Where ``saliency_layer`` is None, it is the last layer that all of the image passes on its way
+    out; ``method.layer`` names it.
+
     Source: Selvaraju et al., "Grad-CAM", 2016, arXiv:1610.02391, equations 1 and 2. Unit: output.
     """
 
     name = "grad-cam-map"
     title = "Grad-CAM Map"
     paper = "Selvaraju et al. 2016, arXiv:1610.02391"
+    of_inputs = False
     reduce = staticmethod(by_mean_gradient)
 
 
@@ -295,8 +318,12 @@ class _ModifiedBackward(ModifiedActivations, SaliencyMap):
 
     exact = False
 
-    def _more(self, question: Question) -> tuple[Sequence[ir.Value], Hashable]:
+    def _attribute(self, question: Question, *args: Any, **options: Any) -> Any:
+        made = super()._attribute(question, *args, **options)
         self._warn_if_plain(question)
+        return made
+
+    def _more(self, question: Question) -> tuple[Sequence[ir.Value], Hashable]:
         return (), self.activations
 
     def _back(

@@ -28,7 +28,7 @@ class ModifiedActivations(Attribution):
         self.rules = Rules([self.table]) + VJP
 
     def _warn_if_plain(self, question: Question) -> None:
-        """Say so where no operator on the way is changed."""
+        """Say so where no operator on the way is changed; once there is a result to speak of."""
         graph = self.model.graph.graph
         behind = set(downstream(graph, question.wrt))
         if not any(self.table.find(n) for n in upstream(graph, [question.of]) if n in behind):
@@ -76,9 +76,10 @@ class ModifiedBackprop(ModifiedActivations, GradientAttribution):
         return self._call(locals())
 
     def _attribute(self, question: Question) -> Any:
-        self._warn_if_plain(question)
         key = (self.table.name, self.activations)
-        return self._gradient(question, "gradient", self.rules, key)
+        made = self._gradient(question, "gradient", self.rules, key)
+        self._warn_if_plain(question)
+        return made
 
 
 class GuidedBackprop(ModifiedBackprop):

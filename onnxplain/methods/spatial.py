@@ -5,6 +5,7 @@ Channels are found by what the operators around a value do with it, not assumed 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,15 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import InputError, LayerError
-from onnxplain.graph.edit import downstream
+from onnxplain.graph.edit import BATCH, downstream, has_rows
 from onnxplain.graph.emit import Emitter, const_array, dims, is_float, rank
 from onnxplain.graph.grad import Active
+from onnxplain.methods.base import Attribution
 from onnxplain.model import Model
 from onnxplain.rules.vjp import VJP
+from onnxplain.run.feeds import Feeds
+
+log = logging.getLogger("onnxplain")
 
 Transform = Callable[[np.ndarray], np.ndarray]
 
@@ -32,6 +37,10 @@ _LAST = frozenset("LayerNormalization RMSNormalization SimplifiedLayerNormalizat
 _REACH = 200
 # Tokens that are no part of the picture (class, distillation, registers): at most one for so many.
 _TOKENS_PER_EXTRA = 4
+_FOR_TABLES = (
+    "this method is for images and series: for tables take integrated-gradients, deep-lift, lrp or "
+    "saliency"
+)
 
 
 def channel_axis(value: ir.Value) -> int | None:
@@ -280,6 +289,20 @@ def _by_shape(shape: Sequence[int], sizes: Sequence[int | None]) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
+def checked(transform: Transform | None) -> Transform | None:
+    """A user's ``reshape_transform``.
+
+    Raises:
+        InputError: it can't be called.
+    """
+    if transform is not None and not callable(transform):
+        raise InputError(
+            "reshape_transform is a function that makes maps [N, channels, *spatial] of a layer's "
+            f"values, not {transform!r}"
+        )
+    return transform
+
+
 def _transformed(shape: Sequence[int], spatial: int, transform: Transform) -> Grid:
     """What a user's function does to the positions of a layer's values."""
     numbers = np.arange(math.prod(shape)).reshape(1, *shape)
@@ -323,13 +346,59 @@ def layer_image(model: Model, layer: ir.Value, feeds: dict[str, np.ndarray]) -> 
     return found[0]
 
 
-def spatial_layers(model: Model) -> list[ir.Value]:
-    """Values with spatial axes that everything passes which the output learns from the images.
+def images(method: Attribution, feeds: Feeds) -> list[str]:
+    """Names of the inputs that the maps of a method's layers are laid over."""
+    _, groups = method._resolve(False, False)
+    return [
+        (v if v.is_graph_input() else layer_image(method.model, v, feeds.arrays)).name or ""
+        for group in groups or ()
+        for v in group
+    ]
 
-    In the order of computation. Values of which only one position is read later (all but the class
-    token are idle behind the last attention of a transformer) are not among them.
+
+def instead(feeds: Feeds) -> str:
+    """What to do with an explained input without spatial axes, for an error message."""
+    return "pass it in additional_forward_args" if len(feeds.explained) > 1 else _FOR_TABLES
+
+
+def example_shape(method: Attribution, layer: ir.Value, feeds: Feeds) -> tuple[int, ...]:
+    """A layer's shape without its first axis, the examples.
+
+    Raises:
+        LayerError: its first axis counts something else (windows, time).
     """
-    graph, of = model.graph.graph, model.output
+    if not layer.is_graph_input() and not _counts_examples(method, layer, feeds):
+        shape = "?" if layer.shape is None else ", ".join(str(d or "?") for d in dims(layer))
+        graph = method.model.graph.graph
+        among = [v for n in graph for v in n.outputs if is_float(v) and has_rows(v) and rank(v) > 1]
+        near = _listed(method.model, layer, [v for v in among if v is not method.model.output])
+        raise LayerError(
+            f"the first axis of layer '{layer.name}' (shape [{shape}]) does not count the examples,"
+            " so its channels can't be told from them; "
+            + (f"layers of which it does are {near}; " if near else "")
+            + "LayerGradientXActivation takes any layer"
+        )
+    return method._trailing(layer, feeds, False)
+
+
+def _counts_examples(method: Attribution, layer: ir.Value, feeds: Feeds) -> bool:
+    """Whether a layer's first axis counts the examples; where shapes don't tell, one is run."""
+    known = (None,) if layer.shape is None else dims(layer)
+    if BATCH in known or not known:
+        return has_rows(layer)
+    if isinstance(known[0], int):
+        return known[0] == method.model.fixed_batch
+    return method._trailing(layer, feeds, True)[:1] == (1,)
+
+
+def spatial_layers(model: Model, of: ir.Value | None = None) -> list[ir.Value]:
+    """Values with spatial axes that everything passes which ``of`` learns from the images.
+
+    ``of`` is the output if not given. In the order of computation. Values of which only one
+    position is read later (all but the class token are idle behind the last attention of a
+    transformer) are not among them.
+    """
+    graph, of = model.graph.graph, of or model.output
     active = Active(graph, [of], [v for v in graph.inputs if image(v, v) is not None], VJP)
     live = {v for v in graph.inputs if v in active.values}
     images = list(live)
@@ -398,12 +467,26 @@ def _mixes(node: ir.Node, active: Active) -> bool:
 
 def nearest(model: Model, layer: ir.Value, count: int = 3) -> str:
     """The spatial layers nearest to another one, for an error message."""
+    near = _listed(model, layer, spatial_layers(model), count)
+    return f"layers that have some are {near}" if near else _no_layer(model, model.output)
+
+
+def _listed(model: Model, layer: ir.Value, among: Sequence[ir.Value], count: int = 3) -> str:
+    """The layers nearest to another one."""
     order = {v: i for i, node in enumerate(model.graph.graph) for v in node.outputs}
     here = order.get(layer, 0)
-    found = sorted(spatial_layers(model), key=lambda v: abs(order[v] - here))[:count]
-    if not found:
-        return "the model has no layer with spatial axes that all of an image passes"
-    return f"layers that have some are {', '.join(repr(layer_name(model, v)) for v in found)}"
+    found = sorted(among, key=lambda v: abs(order[v] - here))[:count]
+    return ", ".join(repr(layer_name(model, v)) for v in found)
+
+
+def _no_layer(model: Model, of: ir.Value) -> str:
+    """Why a model has no spatial layers, and what to do, for an error message."""
+    if all(image(v, v) is None for v in model.graph.graph.inputs):
+        return f"the model has no input with spatial axes; {_FOR_TABLES}"
+    return (
+        "the model has no layer with spatial axes that all of an image passes on a differentiable "
+        f"way to '{of.name}': name one yourself; model.layers() lists them all"
+    )
 
 
 def layer_name(model: Model, value: ir.Value) -> str:
@@ -411,17 +494,16 @@ def layer_name(model: Model, value: ir.Value) -> str:
     return model.names.unique(value) or value.name or ""
 
 
-def last_spatial_layer(model: Model) -> str:
+def last_spatial_layer(method: Attribution) -> str:
     """Name of the last value with spatial axes that all of the image passes on its way out.
 
     Raises:
         LayerError: there is none.
     """
-    found = spatial_layers(model)
+    model, of = method.model, method._resolve(False, False)[0]
+    found = spatial_layers(model, of)
     if not found:
-        raise LayerError(
-            "the model has no layer with spatial axes that all of an image passes on a "
-            f"differentiable way to '{model.output.name}': name the layer; model.layers() lists "
-            "them all"
-        )
-    return layer_name(model, found[-1])
+        raise LayerError(_no_layer(model, of))
+    name = layer_name(model, found[-1])
+    log.info("%s explains by layer '%s', the last with spatial axes", method.name, name)
+    return name

@@ -81,11 +81,15 @@ def _no_formula(*_: object) -> object:
 
 @dataclass
 class RuleTable:
-    """Rules by operator; ``matches`` narrows a table to some nodes (a layer name, the first)."""
+    """Rules by operator; ``matches`` narrows a table to some nodes (a layer name, the first).
+
+    ``instead`` says what to do about an operator that has a derivative and no rule here.
+    """
 
     name: str
     entries: dict[tuple[str, str], Rule] = field(default_factory=dict)
     matches: Callable[[ir.Node], bool] | None = None
+    instead: str = ""
 
     def rule(
         self,

@@ -30,6 +30,11 @@ from onnxplain.graph.emit import Call, Emitter, dims, is_float, rank
 from onnxplain.rules import Rules, RuleTable
 from onnxplain.rules.vjp import VJP
 
+_INSTEAD = (
+    "Explain with respect to a layer behind it, or use IntegratedGradients, which takes derivatives "
+    "and adds up too"
+)
+
 # The derivative is the multiplier.
 _LINEAR = (
     "Identity Cast CastLike Neg Dropout Add Sub Sum Mean Reshape Flatten Squeeze Unsqueeze "
@@ -61,7 +66,7 @@ def rescale_rules(eps: float = 1e-10, softmax: Literal["exact", "centered"] = "e
         softmax: ``exact`` keeps the sum; ``centered`` is Captum's, a rescaled gradient less its
             mean, which doesn't.
     """
-    table = RuleTable("deeplift")
+    table = RuleTable("deeplift", instead=_INSTEAD)
     for op_type in _LINEAR:
         key = ("", op_type)
         table.entries[key] = next(t.entries[key] for t in VJP if key in t.entries)
@@ -129,7 +134,7 @@ def _multipliers(
 def _refusal(n: Call, why: str) -> NoRuleError:
     return NoRuleError(
         f"operator {n.node.op_type} (node '{n.node.name}') {why}: DeepLIFT has no rule for that. "
-        "Use integrated gradients"
+        f"{_INSTEAD}"
     )
 
 
@@ -325,6 +330,9 @@ _OFFSETS = {
     **dict.fromkeys(("Add", "Sub", "Sum", "Mean", "Concat"), range(1 << 16)),
 }
 
+# Functions with poles or a bounded domain.
+_PARTIAL = frozenset("Log Sqrt Reciprocal Tan Asin Acos Acosh Atanh".split())
+
 Pair = tuple[ir.Value, ir.Value]
 
 
@@ -335,6 +343,11 @@ class RevealCancel:
     beside it, by value, where the rule of the value's producer asks for it. Where no rule would,
     the two are merged. The parts of a difference that does not come out of one of the operators
     below are its own positive and negative part.
+
+    The rule asks for values at the reference plus one part, which may lie where neither pass comes.
+    So it is for functions that are defined everywhere; Log, Sqrt, Reciprocal, Tan, Asin, Acos,
+    Acosh and Atanh, powers but for constant exponents 0, 1, 2, ... and constant positive bases, and
+    remainders of a divisor that is not constant have the rescale rule.
 
     Args:
         reference: the twin of each value.
@@ -370,7 +383,7 @@ class RevealCancel:
             return "other"
         if op_type in _UNARY or op_type in _ELEMENTWISE:
             one = len(moving) == 1 and dims(n.x[moving[0]]) == dims(n.y[0])
-            return "nonlinear" if one else "other"
+            return "nonlinear" if one and _defined_everywhere(n, moving[0]) else "other"
         if op_type in _WEIGHTS and (len(moving) > 1 or moving[0] > 1):
             return "other"
         if op_type == "BatchNormalization" and moving != [0]:
@@ -464,7 +477,8 @@ class RevealCancel:
                 given[k] = parts[k]
             elif x is not None and k in _OFFSETS.get(n.node.op_type, ()):
                 known = n.const(k)
-                given[k] = op.full_like(x, 0.0) if known is None else op.const(known * 0)
+                zero = op.full_like(x, 0.0) if known is None else op.const(np.zeros_like(known))
+                given[k] = zero
         return n.again(op, *given).y[0]
 
     # ---- backward: multipliers --------------------------------------------------------------
@@ -524,6 +538,18 @@ class RevealCancel:
         up, down = self._parts(op, value)
         total = op.Add(op.Mul(up, positive), op.Mul(down, negative))
         return _over(op, total, delta, _mean(op, positive, negative), self._eps)
+
+
+def _defined_everywhere(n: Call, operand: int) -> bool:
+    """Whether a function of one operand has a value wherever that operand may be."""
+    if n.node.op_type == "Mod":
+        return operand == 0
+    if n.node.op_type != "Pow":
+        return n.node.op_type not in _PARTIAL
+    other = n.const(1 - operand)
+    if other is None:
+        return False
+    return bool((other > 0).all() if operand else ((other >= 0) & (other % 1 == 0)).all())
 
 
 def _flips(n: Call, operand: int) -> bool:

@@ -20,14 +20,15 @@ What happens where no rule was chosen is in ``DEFAULTS``, by operator:
 * products of two explained values: :class:`Signal`, attention weights and gates are constants (Ali
   et al. 2022; Arras et al. 2017, arXiv:1706.07206); the divisor of a quotient is one too.
 
-Any other operator is refused, unless its function body consists of these.
+Any other operator is refused, unless its function body consists of these or a rule is chosen for
+it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -52,6 +53,12 @@ __all__ = [
     "ZPlus",
     "preset",
 ]
+
+
+def __dir__() -> list[str]:
+    """What completion of ``ox.lrp.`` offers: the public names."""
+    return __all__
+
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 DENSE = ("Gemm", "MatMul", "Einsum")
@@ -365,6 +372,8 @@ def _gating(value: ir.Value, other: ir.Value, explained: Collection[ir.Value]) -
 class PropagationRule:
     """How the relevance of a layer's output becomes that of its input."""
 
+    _for: ClassVar[str] = "any operator"
+
     def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
         """Whether the rule has a meaning for a node of which these inputs are explained."""
         raise NotImplementedError
@@ -395,6 +404,7 @@ class _Redistribution(PropagationRule):
     """A rule of the one formula."""
 
     stabilizer: float
+    _for: ClassVar[str] = f"linear layers of which one factor is explained ({', '.join(LINEAR)})"
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -429,6 +439,7 @@ class Norm(_Redistribution):
     """
 
     stabilizer: float = 1e-6
+    _for: ClassVar[str] = "whatever has a derivative, but for products of explained values"
 
     def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
         return VJP.find(node) is not None and len(_factors(node, explained)) < 2
@@ -450,6 +461,7 @@ class Epsilon(_Redistribution):
 
     epsilon: float = 1e-6
     set_bias_to_zero: bool = False
+    _for: ClassVar[str] = Norm._for
 
     @property
     def stabilizer(self) -> float:  # type: ignore[override]
@@ -652,6 +664,7 @@ class Flat(_Redistribution):
     """
 
     stabilizer: float = 1e-6
+    _for: ClassVar[str] = f"{_Redistribution._for}, sums and averages"
 
     def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
         return super()._fits(node, explained) or node.op_type in _AVERAGES
@@ -664,6 +677,8 @@ class Flat(_Redistribution):
 class Pass(PropagationRule):
     """Unchanged, for layers with one explained input of the output's shape (activations, batch
     normalization); Captum's ``IdentityRule``."""
+
+    _for: ClassVar[str] = "operators of which one input is explained, of the output's shape"
 
     def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
         return len(explained) == 1
@@ -715,6 +730,7 @@ class Signal(PropagationRule):
     """
 
     stabilizer: float = 1e-9
+    _for: ClassVar[str] = f"products of explained values (Mul, Div, Pow, {', '.join(LINEAR)})"
 
     def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
         return len(_factors(node, explained)) > 1
@@ -758,6 +774,7 @@ class Uniform(PropagationRule):
     """
 
     stabilizer: float = 1e-9
+    _for: ClassVar[str] = f"products of explained values (Mul, {', '.join(LINEAR)})"
 
     def _fits(self, node: ir.Node, explained: Sequence[int]) -> bool:
         return len(_factors(node, explained)) > 1 and node.op_type not in ("Div", "Pow")
@@ -840,6 +857,10 @@ PRESETS = (
 )
 
 
+class Preset(tuple[Selector, PropagationRule]):
+    """An entry of a preset: there may be nothing that it fits."""
+
+
 def preset(
     name: str,
     *,
@@ -852,6 +873,10 @@ def preset(
 ) -> list[tuple[Selector, PropagationRule]]:
     """The rules of a preset as a list, to put others in front of; the composites of zennit.
 
+    Where a composite has no rule, zennit takes the gradient and we the operator's default (see the
+    module): functions of one variable pass. Only "excitation-backprop" leaves activations to it, so
+    its numbers are zennit's for ReLU and differ for Tanh, Sigmoid, LeakyReLU and the like.
+
     Args:
         name: "epsilon" (Epsilon everywhere); "epsilon-plus" (ZPlus for convolutions, Epsilon for
             dense layers), "epsilon-alpha2-beta1" (AlphaBeta(2, 1) for convolutions), each with
@@ -859,6 +884,7 @@ def preset(
             Gamma for convolutions, Epsilon for dense layers); "excitation-backprop" (ZPlus
             everywhere).
             Sums and averages get Norm, batch normalization that follows no linear layer gets Pass.
+            Unlike an entry of your own, one of these may fit nothing in the model.
         epsilon, gamma: of Epsilon and Gamma.
         stabilizer: of the other rules.
         set_bias_to_zero: of all rules that have it.
@@ -889,13 +915,14 @@ def preset(
             )
         first = [("first", ZBox(low, high, **rest))]  # type: ignore[arg-type]
     convolution = convolutions[name.removesuffix("-flat")]
-    return [
+    rules: list[tuple[Selector, PropagationRule]] = [
         *first,
         (_AVERAGES, Norm(stabilizer)),
         ("BatchNormalization", Pass()),
         (CONVOLUTIONS, convolution),
         (DENSE, convolution if name == "excitation-backprop" else dense),
     ]
+    return [Preset(pair) for pair in rules]
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -905,19 +932,19 @@ def preset(
 class Entry:
     """A chosen rule: for the nodes that ``selects`` picks, or for the first linear layers.
 
-    ``layer`` is the name that was given where one was.
+    ``selector`` is how the user put it, where the rule must fit some of the nodes.
     """
 
     rule: PropagationRule
     selects: Callable[[ir.Node], bool] | None = None
-    layer: str | None = None
+    selector: str | None = None
 
 
 class Known(RuleTable):
     """Tells which operators will have a rule, before it is known what is explained."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        super().__init__("lrp")
+    def __init__(self, entries: Sequence[Entry], instead: str = "") -> None:
+        super().__init__("lrp", instead=instead)
         self.chosen = entries
 
     def find(self, node: ir.Node) -> Rule | None:
@@ -1012,20 +1039,22 @@ class Propagation(RuleTable):
             return None
         channel = 1 - rank(y) if node.op_type in CONVOLUTIONS else -1
         wide = [a - len(sizes) for a, d in enumerate(sizes) if d != 1]
-        return Added(bias, add.outputs[0]) if all(a == channel for a in wide) else None
+        # What broadcasts a single channel is no bias.
+        by_channel = all(a == channel and dims(y)[a] != 1 for a in wide)
+        return Added(bias, add.outputs[0]) if by_channel else None
 
     def _check(self, entry: Entry) -> None:
-        """Refuse a rule that was chosen for a layer and can be applied nowhere in it."""
+        """Refuse a rule that fits none of the nodes it was chosen for."""
         picked = [n for n in self.nodes if self._picks(entry, n) and n not in self._biases]
-        if entry.layer is None or not picked:
+        if entry.selector is None or not picked:
             return
         if not any(entry.rule._fits(n, self._varying(n)) for n in picked):
             kinds = ", ".join(sorted({n.op_type for n in picked}))
             raise InputError(
-                f"{entry.rule} was chosen for layer '{entry.layer}', which has no operator it fits "
-                f"({kinds}): Epsilon and Norm are for whatever has a derivative, Pass for one "
-                "input and an output of its shape, Uniform for products, others for linear layers "
-                f"({', '.join(LINEAR)})"
+                f"{entry.rule} was chosen for {entry.selector}, but fits none of the operators "
+                f"there ({kinds}): it is for {entry.rule._for}. Without an entry they have the "
+                "default rule of their operator; Pass is for activations, Epsilon and Norm for "
+                "what is linear, Uniform for products of explained values"
             )
 
 

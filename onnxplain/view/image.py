@@ -15,7 +15,8 @@ from onnxplain.view.common import Frame
 def figure(frame: Frame, *, percentile: float = 99.0) -> Figure:
     """Input with the top predictions, diverging overlay, heat map of the absolute values.
 
-    Attributions are summed over channels; colors are clipped at `percentile` of their size.
+    Attributions are summed over channels, as titles say; colors are clipped at `percentile` of
+    their size.
     """
     picture, note = _picture(frame)
     values, sizing = _spatial(frame, picture.shape[:2])
@@ -79,8 +80,8 @@ def _picture(frame: Frame) -> tuple[np.ndarray, str]:
 
 
 def _spatial(frame: Frame, size: tuple[int, ...]) -> tuple[np.ndarray, str]:
-    """Attributions summed over channels [H, W], brought to the picture's size, and a word on it."""
-    values, layout = frame.values, frame.display.layout
+    """Attributions summed over channels [H, W], at the picture's size, and words on both."""
+    values, layout, words = frame.values, frame.display.layout, ""
     if values.ndim not in (2, 3):
         raise InputError(
             f"attributions of {frame.names[0]!r} have shape {list(values.shape)} per example, which"
@@ -91,14 +92,17 @@ def _spatial(frame: Frame, size: tuple[int, ...]) -> tuple[np.ndarray, str]:
             # A model that takes NHWC may work in NCHW inside: the aspect ratio tells
             stretch = [abs(np.log(h / w * size[1] / size[0])) for h, w in _sides(values.shape)]
             layout = "NHWC" if stretch[1] < stretch[0] else "NCHW"
-        values = values.sum(axis=0 if layout == "NCHW" else 2)
+        axis = 0 if layout == "NCHW" else 2
+        if values.shape[axis] > 1:
+            words = f"\nsum over {values.shape[axis]} channels"
+        values = values.sum(axis=axis)
     if values.shape == size:
-        return values, ""
-    word = f"\nupsampled from {values.shape[0]}x{values.shape[1]} (bilinear)"
+        return values, words
+    words += f"\nupsampled from {values.shape[0]}x{values.shape[1]} (bilinear)"
     resized = resize(  # type: ignore[no-untyped-call]
         values, size, order=1, mode="edge", anti_aliasing=False
     )
-    return np.asarray(resized), word
+    return np.asarray(resized), words
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]]:

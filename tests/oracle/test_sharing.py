@@ -106,7 +106,7 @@ def network(cls: type[Plain]) -> Both:
 START = {"baselines": 0.3 * X.flip(0)}
 INTO = {"attribute_to_layer_input": True}
 NEURON = {"neuron_selector": (1, 2, 3)}
-# method, layer, options; what is not compared with Captum says why
+# method, layer, options
 ROWS: tuple[tuple[str, str | None, dict[str, Any]], ...] = (
     ("Saliency", None, {"target": 1}),
     ("InputXGradient", None, {"target": 1}),
@@ -144,8 +144,8 @@ NOT_CAPTUM = {
 }
 
 
-# `conv2` of the last variant is a function
 def applies(variant: type[Plain], layer: str | None) -> bool:
+    """`conv2` of the last variant is a function, so no layer."""
     return not (variant is SharedWeights and layer == "conv2")
 
 
