@@ -377,9 +377,16 @@ def test_layers_that_can_not_be_laid_over_the_image() -> None:
     with pytest.raises(LayerError, match="no layer 'nowhere'"):
         GuidedGradCam(net(), "nowhere")
     table = model(f"{HEAD} net (float[N, 7] x) => (float[N, 3] y) {{ y = MatMul(x, v) }}", V)
+    deep = model(
+        f"""{HEAD} net (float[N, 7] x) => (float[N, 3] y) {{
+          h = MatMul(x, v) r = Relu(h) y = Identity(r) }}""",
+        V,
+    )
     for cam in (GradCAM, GradCAMMap):
         with pytest.raises(LayerError, match=FOR_TABLES):
             cam(table)
+        with pytest.raises(LayerError, match=FOR_TABLES):
+            cam(deep, "h").attribute(draw(2, 7), target=0)
     with pytest.raises(LayerError, match=FOR_TABLES):
         GuidedGradCam(table, "y").attribute(draw(2, 7), target=0)
     with pytest.raises(InputError, match=f"no spatial axes to lay a map over; {FOR_TABLES}"):

@@ -250,3 +250,19 @@ def test_second_derivative_with_time_first() -> None:
     names = [i.name for i in second.inputs]
     got = second(dict(zip(names, (x, ones, ones), strict=True)))
     np.testing.assert_allclose(list(got.values())[1], 6 * x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [ox.NeuronGradient, ox.NeuronConductance, ox.NeuronDeepLift])
+@pytest.mark.parametrize("count", [1, 5])
+def test_neurons_of_several_rows_an_example_are_refused(cls: type, count: int) -> None:
+    """One selector would sum the neurons of all windows."""
+    text = """g (float[N,4,3] x) => (float[N] y) {
+        flat = Constant<value_ints=[-1,3]>()  back = Constant<value_ints=[-1,4,3]>()
+        r = Reshape(x, flat)  h = Tanh(r)  u = Reshape(h, back)  t = Transpose<perm=[1,0,2]>(u)
+        s = Sin(t)  axes = Constant<value_ints=[0,2]>()  y = ReduceSum<keepdims=0>(s, axes) }"""
+    net = model(HEAD + text)
+    x = np.random.default_rng(0).standard_normal((count, 4, 3)).astype(np.float32)
+    for layer, selector, reason in (("h", 1, "4 rows for one example"), ("s", (0, 1), "axis 1")):
+        options = {"target": None} if cls is ox.NeuronConductance else {}
+        with pytest.raises(ox.UnsupportedModelError, match=reason):
+            cls(net, layer).attribute(x, selector, **options)

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import InputError, LayerError, UnsupportedModelError
-from onnxplain.graph.edit import BATCH, new_input, prune
-from onnxplain.graph.emit import Emitter, dims, is_float, static_dims
+from onnxplain.graph.edit import BATCH, has_rows, new_input, prune
+from onnxplain.graph.emit import Emitter, dims, is_float, rank, static_dims
 from onnxplain.methods import target as targets
 from onnxplain.model import Model, single
 from onnxplain.run.feeds import Arrays, Feeds, all_finite, in_form
@@ -320,11 +320,7 @@ class Attribution:
             self._check_source(value)
         if not is_float(of):
             raise InputError(f"'{of.name}' is not floating-point: there is no score to explain")
-        if of.shape is not None and BATCH in dims(of)[1:]:
-            raise UnsupportedModelError(
-                f"'{of.name}' has its examples on axis {dims(of).index(BATCH)}, not the first, so "
-                "its values can't be told apart by example; name one with the examples first"
-            )
+        self._check_rows(of, feeds, neurons=self._of is not None)
         at_once = not self._per_example(of)
         shape = self._trailing(of, feeds, at_once)
         assert of.dtype is not None
@@ -388,14 +384,40 @@ class Attribution:
                 return known
         if value.is_graph_input():
             return feeds.arrays[value.name or ""].shape[1:]
+        return self._one_row(value, feeds).shape[0 if at_once else 1 :]
+
+    def _check_rows(self, value: ir.Value, feeds: Feeds, neurons: bool) -> None:
+        """Refuse a value whose first axis does not count the examples.
+
+        ``neurons``: some of its values are selected, so each example must have exactly one row.
+        """
+        if value.shape is not None and BATCH in dims(value)[1:]:
+            raise UnsupportedModelError(
+                f"'{value.name}' has its examples on axis {dims(value).index(BATCH)}, not the "
+                "first, so its values can't be told apart by example; name one with the examples "
+                "first"
+            )
+        if not neurons or has_rows(value) or self.model.fixed_batch is not None:
+            return
+        rows = len(self._one_row(value, feeds)) if value.shape is None or rank(value) else 0
+        if rows != 1:
+            raise UnsupportedModelError(
+                f"'{value.name}' has {rows} rows for one example (windows, time, or all examples "
+                "together), so a neuron of it can't be told apart by example; name a layer with "
+                "one row per example"
+            )
+
+    def _one_row(self, value: ir.Value, feeds: Feeds) -> np.ndarray:
+        """A value, computed from the first example alone."""
         one = Feeds(
             {k: v[:1] if self.model.axes[k] is not None else v for k, v in feeds.arrays.items()},
             feeds.explained,
             feeds.form,
             1,
         )
-        result = self.model.run(self.model.forward([value.name or ""]), one)[value.name or ""]
-        return result.shape if at_once else result.shape[1:]
+        if value.is_graph_input():
+            return one.arrays[value.name or ""]
+        return self.model.run(self.model.forward([value.name or ""]), one)[value.name or ""]
 
 
 def emit_attribution(op: Emitter, value: ir.Value, name: str, source: ir.Value) -> None:

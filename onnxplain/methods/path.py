@@ -806,6 +806,7 @@ class NeuronConductance(PathAttribution):
         entering = arguments.pop("attribute_to_neuron_input", False)
         question, options, delta = super()._parse(arguments)
         layer = single(self.model, self.layer, entering=entering)
+        self._check_rows(layer, question.feeds, neurons=True)
         shape = self._trailing(layer, question.feeds, False)
         mask = targets.neuron_mask(selector, shape, _dtype(layer))
         return replace(question, between=(layer,)), {**options, "neuron": mask}, delta

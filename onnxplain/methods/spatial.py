@@ -341,7 +341,7 @@ def layer_image(model: Model, layer: ir.Value, feeds: dict[str, np.ndarray]) -> 
         raise LayerError(
             f"no explained input with spatial axes ([N, channels, height, width], say) reaches "
             f"layer '{layer.name}', so its map can't be laid over one; LayerGradCam gives it at "
-            "the layer's own size"
+            "the layer's own size" + (f"; {_FOR_TABLES}" if not _takes_images(model) else "")
         )
     return found[0]
 
@@ -479,9 +479,14 @@ def _listed(model: Model, layer: ir.Value, among: Sequence[ir.Value], count: int
     return ", ".join(repr(layer_name(model, v)) for v in found)
 
 
+def _takes_images(model: Model) -> bool:
+    """Whether an input has spatial axes."""
+    return any(image(v, v) is not None for v in model.graph.graph.inputs)
+
+
 def _no_layer(model: Model, of: ir.Value) -> str:
     """Why a model has no spatial layers, and what to do, for an error message."""
-    if all(image(v, v) is None for v in model.graph.graph.inputs):
+    if not _takes_images(model):
         return f"the model has no input with spatial axes; {_FOR_TABLES}"
     return (
         "the model has no layer with spatial axes that all of an image passes on a differentiable "

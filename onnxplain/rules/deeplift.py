@@ -55,6 +55,10 @@ _UNARY = (
     "Gelu Swish HardSwish Mish"
 ).split()
 _ELEMENTWISE = "Pow Mod PRelu Clip Max Min".split()
+# Differences of these are as exact as those of their inputs.
+_EXACT = frozenset("Relu Abs ThresholdedRelu Mod Clip Max Min Softmax LogSoftmax".split())
+# Relative spacing of numbers.
+_SPACING = {"DOUBLE": 2.0**-52, "FLOAT": 2.0**-23, "FLOAT16": 2.0**-10, "BFLOAT16": 2.0**-7}
 _EXTREMA = "MaxPool GlobalMaxPool ReduceMax ReduceMin".split()
 
 
@@ -116,6 +120,24 @@ def _derivative(op: Emitter, n: Call, i: int, g: ir.Value) -> Any:
 def _over(op: Emitter, change: Any, delta: Any, flat: Any, eps: float) -> Any:
     """``change / delta``, or ``flat`` where ``delta`` vanishes."""
     return op.Where(op.LessOrEqual(op.Abs(delta), eps), flat, op.Div(change, delta))
+
+
+def _ratio(op: Emitter, n: Call, i: int, g: Any, change: Any, delta: Any, eps: float) -> Any:
+    """``change / delta`` of a function of one operand; the mean slope of both ends where ``delta``
+    vanishes or where the two may differ by rounding alone.
+
+    A difference of almost equal numbers is noise, and so is a ratio of such differences. Since the
+    slope takes its place only where it explains the change as well, the sum stays.
+    """
+    ends = n, n.on(n.x0, n.y0)
+    slope = _mean(op, *(_derivative(op, end, i, g) for end in ends))
+    rounding = op.Add(
+        op.Mul(op.Abs(g), op.Add(op.Abs(n.y[0]), op.Abs(n.y0[0]))),
+        op.Mul(op.Abs(slope), op.Add(op.Abs(n.x[i]), op.Abs(n.x0[i]))),
+    )
+    noise = op.Mul(rounding, 4 * _SPACING[n.y[0].dtype.name])  # type: ignore[union-attr]
+    alike = op.LessOrEqual(op.Abs(op.Sub(change, op.Mul(slope, delta))), noise)
+    return op.Where(alike, slope, _over(op, change, delta, slope, eps))
 
 
 def _multipliers(
@@ -183,6 +205,11 @@ def _rescale(op: Emitter, n: Call, g: Any, eps: float) -> Any:
     """The difference of the output over that of the only operand that has one."""
     change = op.Mul(g, op.Sub(n.y[0], n.y0[0]))
     (i,) = _moving(n) or [0]
+    if n.node.op_type not in _EXACT and dims(n.x[i]) == dims(n.y[0]):
+        delta = _difference(op, n.x[i], n.x0[i])
+        near = op.LessOrEqual(op.Abs(delta), eps)
+        ratio = _ratio(op, n, i, g, change, delta, eps)
+        return [None] * i + [op.Where(near, _derivative(op, n, i, g), ratio)]
     if n.node.op_type in _ELEMENTWISE:
         change = op.unbroadcast(change, n.y[0], n.x[i])
     return _multipliers(op, n, g, {i: change}, eps)
@@ -488,14 +515,13 @@ class RevealCancel:
             return self._base.gradient(op, n, g)
         (i,) = _moving(n)
         both = g, self._negative(op, n.y[0], g)
-        # What a vanishing part tends to: it comes first at the reference, last at the input.
-        ends = n, n.on(n.x0, n.y0)
-        sides = []
-        for m, change, part in zip(
-            both, self._parts(op, n.y[0]), self._parts(op, n.x[i]), strict=True
-        ):
-            slope = _mean(op, *(_derivative(op, end, i, m) for end in ends))
-            sides.append(_over(op, op.Mul(m, change), part, slope, self._eps))
+        # A vanishing part comes first at the reference, last at the input: the mean slope.
+        sides = [
+            _ratio(op, n, i, m, op.Mul(m, change), part, self._eps)
+            for m, change, part in zip(
+                both, self._parts(op, n.y[0]), self._parts(op, n.x[i]), strict=True
+            )
+        ]
         return [None] * i + [self._hand_on(op, n.x[i], *sides)]
 
     def _linear(self, op: Emitter, n: Call, g: Any) -> Any:
