@@ -47,9 +47,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lrp": {"rules": "epsilon-alpha2-beta1-flat"},
     "layer-lrp": {"rules": "epsilon-plus"},
     # Their default is the picture itself; by a layer they are told apart from others.
-    "grad-cam-map": {"saliency_layer": LAYER},
-    "excitation-backprop": {"saliency_layer": LAYER},
-    "contrastive-excitation-backprop": {"saliency_layer": NEURONS},
+    "grad-cam-map": {"layer": LAYER},
+    "excitation-backprop": {"layer": LAYER},
+    "contrastive-excitation-backprop": {"layer": NEURONS},
 }
 _DEAD = (
     "In this network nothing positive is left of the signal on its way back through the ReLUs: the "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import numpy as np
 import pytest
 
 import onnxplain as ox
 from onnxplain.errors import InputError, LayerError
+from onnxplain.methods import spatial
 from onnxplain.methods.cam import (
     ClassActivationMap,
     EigenCAM,
@@ -26,6 +28,8 @@ from onnxplain.methods.fullgrad import FullGrad
 from onnxplain.methods.interpolate import interpolate
 from onnxplain.methods.maps import GradCAMMap, VanillaBackprop
 from onnxplain.methods.modified import GuidedBackprop
+from onnxplain.methods.spatial import channel_axis
+from onnxplain.model import single
 from tests.helpers import HEAD, model
 
 RNG = np.random.default_rng(0)
@@ -559,3 +563,143 @@ def test_activations_written_out_are_no_biases() -> None:
     by_input = X * ox.Saliency(made).attribute(X, target=0, abs=False)
     got = FullGrad(made).attribute(X, target=0)
     np.testing.assert_allclose(got, scaled(by_input), rtol=1e-4, atol=1e-4)
+
+
+# ---- which axis counts the channels ----------------------------------------------------------
+
+IN, SQUARE = "Conv<pads = [1, 1, 1, 1]>(x, k)", (6, 6)
+POOLS = {
+    "first": "p = GlobalAveragePool(a) f = Flatten(p) y = MatMul(f, v)",
+    "last": "p = ReduceMean<keepdims = 0>(a, places) y = MatMul(p, v)",
+}
+
+
+def channels(body: str, head: str = "first", size: tuple[int, int] = SQUARE) -> ox.Model:
+    """x [N, 6, 6, 6] -> body: a, with 6 channels, -> head: y [N, 3]."""
+    height, width = size
+    weights = {
+        "k": draw(6, 6, 3, 3) / 5,
+        "gain": draw(6, height, width) + 1,
+        "even": draw(6) + 1,
+        "w": draw(width, width),
+        "v": draw(6, 3),
+        "places": np.array([1, 2]),
+        "s": np.float32(0.05),
+        "q": np.arange(-18, 18, dtype=np.int8).reshape(6, 6),
+    }
+    text = f"net (float[N, 6, {height}, {width}] x) => (float[N, 3] y) {{ {body} {POOLS[head]} }}"
+    used = {k: w for k, w in weights.items() if k in re.findall(r"\w+", f"{body} {POOLS[head]}")}
+    return model(f"{HEAD} {text}", used)
+
+
+TO_LAST, TO_FIRST = "Transpose<perm = [0, 2, 3, 1]>", "Transpose<perm = [0, 3, 1, 2]>"
+EVIDENCE = {
+    # a normalization of all of [C, H, W] tells nothing of the channels
+    "norm of all": (f"c = {IN} n = LayerNormalization<axis = 1>(c, gain) a = Relu(n)", "first", 1),
+    "norm of the last three": (f"c = {IN} a = LayerNormalization<axis = -3>(c, gain)", "first", 1),
+    "norm of the width": (f"c = {IN} n = LayerNormalization(c, even) a = Relu(n)", "first", 1),
+    # a product mixes the width, or the channels
+    "width": (f"c = {IN} m = MatMul(c, w) a = Relu(m)", "first", 1),
+    "width, before anything": ("m = MatMul(x, w) a = Relu(m)", "first", 1),
+    "quantized width": (
+        f"c = {IN} d = DequantizeLinear(q, s) m = MatMul(c, d) a = Relu(m)",
+        "first",
+        1,
+    ),
+    # ConvNeXt: channels last between the convolutions
+    "norm, then dense": (
+        f"c = {IN} t = {TO_LAST}(c) n = LayerNormalization(t, even) a = MatMul(n, w)",
+        "last",
+        3,
+    ),
+    "dense alone": (f"t = {TO_LAST}(x) a = MatMul(t, w)", "last", 3),
+    "quantized dense alone": (
+        f"t = {TO_LAST}(x) d = DequantizeLinear(q, s) a = MatMul(t, d)",
+        "last",
+        3,
+    ),
+    "norm of the last, product of the height": (
+        f"""t = {TO_LAST}(x) n = LayerNormalization(t, even)
+        u = Transpose<perm = [0, 3, 2, 1]>(n) m = MatMul(u, w)
+        a = Transpose<perm = [0, 3, 2, 1]>(m)""",
+        "last",
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "head", "axis"), EVIDENCE.values(), ids=EVIDENCE)
+def test_channels_are_where_the_strongest_evidence_has_them(
+    body: str, head: str, axis: int
+) -> None:
+    """All sizes are 6, so a wrong axis would give a map of the right size."""
+    made, x = channels(body, head), draw(2, 6, 6, 6)
+    a = ox.LayerActivation(made, "a").attribute(x)
+    g = ox.LayerGradientXActivation(made, "a").attribute(x, target=1)
+    assert channel_axis(single(made, "a")) == axis
+    a, product = np.moveaxis(a, axis, 1), np.moveaxis(g, axis, 1)
+    got = HiResCAM(made, "a").attribute(x, target=1, relu=False)
+    np.testing.assert_allclose(got, product.sum(1, keepdims=True), rtol=1e-4, atol=1e-5)
+
+
+CONTRADICTING = f"""t = Transpose<perm = [0, 3, 2, 1]>(x) c = Conv<pads = [1, 1, 1, 1]>(t, k)
+    u = Transpose<perm = [0, 3, 2, 1]>(c) h = Relu(u) a = {IN.replace("x", "h")}"""
+
+
+def test_evidence_that_contradicts_itself_is_refused() -> None:
+    made, x = channels(CONTRADICTING), draw(2, 6, 6, 6)
+    with pytest.raises(LayerError, match=r"channels can't be told .*reshape_transform"):
+        GradCAM(made, "h").attribute(x, target=1)
+    got = GradCAM(made, "h", reshape_transform=lambda h: h).attribute(x, target=1)
+    assert got.shape == (2, 6, 6, 1)  # as the image, whose channels the first convolution tells
+    assert GradCAM(made).layer == "a"
+    # two products, neither of which is the only one
+    both = "m = MatMul(x, w) t = Transpose<perm = [0, 3, 2, 1]>(m) n = MatMul(t, w) a = Relu(n)"
+    made = channels(both, "last")
+    with pytest.raises(LayerError, match="reshape_transform"):
+        GradCAM(made, "m").attribute(x, target=1)
+
+
+def mixer(norm: bool) -> ox.Model:
+    """Patches of an image [N, 3, 8, 8] as tokens that a product mixes, as in an MLP-Mixer."""
+    between = "n = LayerNormalization(t, even)" if norm else "n = Mul(t, even)"
+    weights = {
+        "k": draw(9, 3, 2, 2) / 3,
+        "even": draw(9) + 1,
+        "flat": np.array([0, 9, 16]),
+        "w": draw(16, 16) / 4,
+        "v": draw(9, 3),
+        "one": np.array([1]),
+    }
+    text = f"""net (float[N, 3, 8, 8] x) => (float[N, 3] y) {{
+        c = Conv<strides = [2, 2]>(x, k) r = Reshape(c, flat) t = Transpose<perm = [0, 2, 1]>(r)
+        {between} u = Transpose<perm = [0, 2, 1]>(n) m = MatMul(u, w) h = Relu(m)
+        b = Transpose<perm = [0, 2, 1]>(h) a = Add(t, b) p = ReduceMean<keepdims = 0>(a, one)
+        y = MatMul(p, v) }}"""
+    return model(f"{HEAD} {text}", weights)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_tokens_behind_the_channels(norm: bool) -> None:
+    """[N, 9, 16]: 9 tokens would be a grid too."""
+    made, x = mixer(norm), draw(2, 3, 8, 8)
+    want = HiResCAM(made, "b").attribute(x, target=1, relu=False)  # [N, 16, 9]
+    got = HiResCAM(made, "h").attribute(x, target=1, relu=False)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    product = ox.LayerGradientXActivation(made, "h").attribute(x, target=1)
+    want = interpolate(product.sum(1).reshape(2, 1, 4, 4), (8, 8), "bilinear")
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    assert GradCAM(made).layer == "a"
+
+
+def test_axes_across_a_reshape() -> None:
+    reshaped = spatial._reshaped
+    assert reshaped(("N", 6, 4, 4), ("N", 6, 16)) == (0, 1, None)
+    assert reshaped(("N", 16, 6), ("N", 4, 4, 6)) == (0, None, None, 2)
+    assert reshaped(("N", 4, 4, 6), ("M", 16, 6)) == (None, None, 3)  # windows
+    assert reshaped(("N", 6, "h", "w"), ("N", 6, "p")) == (0, 1, None)
+    assert reshaped(("N", 6, 6), ("N", 1, 6, 6)) == (0, -1, 1, 2)
+    assert reshaped(("N", 6, 6, 1), ("N", 1, 6, 6)) == (0, None, 1, 2)
+    assert reshaped(("N", 6, 4, 4), ("N", 1, 96)) == (0, None, None)
+    assert reshaped(("N", 1, 4, 4), ("N", 1, 16)) == (0, 1, None)
+    assert reshaped(("N", None, 6), (None, None, 6)) == (None, None, 2)

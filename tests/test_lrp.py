@@ -696,11 +696,11 @@ def test_verbose_says_what_is_applied(capsys: pytest.CaptureFixture[str]) -> Non
     method = LRP(simple(), [("linear2", lrp.Gamma())])
     for _ in range(2):  # compiled or not
         method.attribute(SIMPLE, verbose=True)
-        said = capsys.readouterr().out
+        said = capsys.readouterr().err
         assert "Applied Gamma(gamma=0.25" in said and "on layer linear2" in said
         assert "Applied Epsilon(epsilon=1e-09" in said and "Applied Pass() on layer" in said
     method.attribute(SIMPLE)
-    assert not capsys.readouterr().out
+    assert not capsys.readouterr().err
 
 
 # ---- selectors ----------------------------------------------------------------------------------
@@ -789,6 +789,7 @@ def test_a_folded_batch_norm_has_the_rule_of_its_convolution() -> None:
         ("epsilon-gamma-box", InputError, "needs the lowest and highest.*low=.*high="),
         (lrp.Epsilon(), InputError, "give None, a preset"),
         ([lrp.Epsilon()], InputError, "pairs"),
+        ([], InputError, r"rules=\[\]: give None, a preset .*at least one"),
         ([("first", lrp.Epsilon)], InputError, "make one"),
         ([("first", "epsilon")], InputError, "not a rule"),
         ([(3, lrp.Epsilon())], InputError, "selector 3"),
@@ -844,10 +845,61 @@ def test_rules_that_do_not_fit_a_named_layer() -> None:
         LRP(narrow, [("fc", lrp.Pass())]).attribute(x, 0)
 
 
+@pytest.mark.parametrize(
+    ("selector", "rule", "says"),
+    [
+        ("Relu", lrp.ZPlus(), r"ZPlus.*for 'Relu', but.*\(Relu\).*linear layers.*Conv, .*Pass is"),
+        (("Relu", "Add"), lrp.ZPlus(), r"for 'Relu', 'Add', but.*\(Add, Relu\)"),
+        (("MatMul", "act"), lrp.Flat(), r"layer 'act', but.*sums and averages"),
+        ("MatMul", lrp.Uniform(), "products of explained values"),
+        ("first", lrp.Uniform(), r"'first', but.*\(MatMul\)"),
+        (lambda node: node.op_type == "Add", lrp.Pass(), "predicate, but.*one input is explained"),
+        ("Gemm", lrp.Signal(), "Mul, Div, Pow"),
+    ],
+)
+def test_a_rule_that_fits_nothing_it_was_chosen_for(selector: Any, rule: Any, says: str) -> None:
+    with pytest.raises(InputError, match=f"(?s){says}"):
+        LRP(chain(), [(selector, rule)]).attribute(SIMPLE, 0)
+
+
+def test_a_rule_that_fits_some_of_what_it_was_chosen_for() -> None:
+    """Others are passed over; a preset may fit nothing."""
+    text = f"""{HEAD}
+    net (double[N, 3] x) => (double[N, 3] y) {{
+        h = MatMul(x, a) r = Relu(h) k = Transpose(r) s = MatMul(r, k) y = MatMul(s, r) }}"""
+    made = proto(text, a=np.random.default_rng(5).uniform(-0.5, 1, (3, 3)))
+    for node in made.graph.node:
+        node.name = f"/block/{node.op_type}.{node.output[0]}"
+    net, x = ox.Model(made), np.array([[1.0, -0.5, 0.5]])
+    want = LRP(net, [("h", SPECIAL)]).attribute(x, 1)
+    assert not np.allclose(want, LRP(net).attribute(x, 1))
+    for selector in ("block", "MatMul", ("MatMul", "Relu", "Conv"), lambda node: True):
+        np.testing.assert_array_equal(LRP(net, [(selector, SPECIAL)]).attribute(x, 1), want)
+    layer = LayerLRP(net, "r", lrp.preset("epsilon-plus"))  # no dense layer above, only products
+    np.testing.assert_allclose(layer.attribute(x, 1), LayerLRP(net, "r").attribute(x, 1))
+    with pytest.raises(InputError, match="fits none"):
+        LayerLRP(net, "r", [("MatMul", lrp.Epsilon())]).attribute(x, 1)
+
+
+def test_a_single_channel_that_is_broadcast_up_has_no_bias() -> None:
+    w, c = RNG.standard_normal((3, 1)), RNG.standard_normal(4)
+    text = f"{HEAD} net (double[N, 3] x) => (double[N, 4] y) {{ h = MatMul(x, w) y = Add(h, c) }}"
+    x = RNG.standard_normal((2, 3))
+    got, gap = LRP(model(text, {"w": w, "c": c})).attribute(x, 2, return_convergence_delta=True)
+    np.testing.assert_allclose(got, x * w[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(gap, c[2], rtol=1e-5)
+
+
+def test_completion_shows_the_public_names() -> None:
+    assert dir(ox.lrp) == sorted(ox.lrp.__all__)
+    assert all(hasattr(ox.lrp, name) for name in dir(ox.lrp))
+
+
 def test_an_operator_without_a_rule_is_refused() -> None:
     text = f"{HEAD} net (float[N, 3] x) => (float[N, 1] y) {{ y = ReduceProd<keepdims=1>(x, a) }}"
     made, x = model(text, {"a": np.array([1])}), SIMPLE.astype(np.float32)
-    with pytest.raises(NoRuleError, match="operator ReduceProd"):
+    says = r"operator ReduceProd.*no lrp rule and no.*rules=\[\(its operator, ox.lrp.Epsilon\(\)"
+    with pytest.raises(NoRuleError, match=says):
         LRP(made).attribute(x)
     forced = LRP(made, [("ReduceProd", lrp.Epsilon())]).attribute(x)
     np.testing.assert_allclose(forced, [[6, 6, 6]], rtol=1e-5)
@@ -894,3 +946,17 @@ def test_same_rules_share_a_program() -> None:
         assert len(made._programs) == count
         LRP(made, [("MatMul", lrp.ZBox(np.ones(3), 1))]).attribute(SIMPLE)
         assert len(made._programs) == count + 1
+
+
+@pytest.mark.parametrize("name", ["a", "h1"])
+def test_a_layer_is_named_by_its_product_or_by_the_sum_with_its_bias(name: str) -> None:
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.normal(size=(4, 5)), "b": rng.normal(size=5), "v": rng.normal(size=(5, 3))}
+    text = """g (float[N,4] x) => (float[N,3] y) {
+        a = MatMul(x, w)  h1 = Add(a, b)  h = Relu(h1)  y = MatMul(h, v) }"""
+    net = model(HEAD + text, {k: v.astype(np.float32) for k, v in weights.items()})
+    x = rng.normal(size=(2, 4)).astype(np.float32)
+    got = ox.LRP(net, [(name, ox.lrp.ZPlus())]).attribute(x, target=1)
+    both = ox.LRP(net, [(("a", "h1"), ox.lrp.ZPlus())]).attribute(x, target=1)
+    np.testing.assert_array_equal(got, both)
+    assert not np.allclose(got, ox.LRP(net).attribute(x, target=1))

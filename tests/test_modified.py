@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
 import pytest
+import skimage.data
+from skimage.transform import resize
 
 import onnxplain as ox
 from onnxplain import (
@@ -15,7 +18,7 @@ from onnxplain import (
     NeuronGuidedBackprop,
 )
 from onnxplain.errors import InputError, NeuronError, NotDifferentiableError
-from tests.helpers import HEAD, model
+from tests.helpers import HEAD, model, shared
 
 RNG = np.random.default_rng(0)
 W = RNG.standard_normal((5, 7))
@@ -177,6 +180,128 @@ def test_the_last_layer_is_the_output() -> None:
             whole = method(made).attribute(inputs, target=i)
             part = neuron(made, "y").attribute(inputs, (i,))
             np.testing.assert_array_equal(whole, part)
+
+
+# ---- quantized models -------------------------------------------------------------------------
+
+
+def quantized(between: str, zero: int = 0, dtype: type = np.uint8) -> ox.Model:
+    """x [N, 5] -> a = x W -> between -> y = (its last value) V [N, 3]."""
+    constants = {
+        "s": np.float32(0.05),
+        "z": np.array(zero, dtype),
+        "zero": np.float32(0),
+        "middle": np.array(128, np.uint8),
+        "floor": np.array(0, np.uint8),
+    }
+    last = re.findall(r"(\w+) =", between)[-1]
+    body = f"a = MatMul(x, W) {between} y = MatMul({last}, V)"
+    text = f"{HEAD} net (float[N, 5] x) => (float[N, 3] y) {{ {body} }}"
+    used = {k: v for k, v in constants.items() if k in re.findall(r"\w+", between)}
+    return model(text, {"W": W.astype(np.float32), "V": V.astype(np.float32), **used})
+
+
+CUT = "q = QuantizeLinear(a, s, z) b = DequantizeLinear(q, s, z)"
+PLAIN = quantized("b = Relu(a)")
+
+
+@pytest.mark.parametrize("method", [GuidedBackprop, Deconvolution])
+@pytest.mark.parametrize(
+    ("between", "zero", "dtype"),
+    [
+        (CUT, 0, np.uint8),
+        (CUT, -128, np.int8),
+        (CUT, 0, np.uint16),
+        ("q = QuantizeLinear(a, s) b = DequantizeLinear(q, s)", 0, np.uint8),
+        # the ReLU is there: what quantizes its result again is none
+        ("r = Relu(a) q = QuantizeLinear(r, s, z) b = DequantizeLinear(q, s, z)", 0, np.uint8),
+        (f"{CUT} p = QuantizeLinear(b, s, z) c = DequantizeLinear(p, s, z)", 0, np.uint8),
+        # signed before it
+        (
+            """m = QuantizeLinear(a, s, middle) n = DequantizeLinear(m, s, middle)
+            q = QuantizeLinear(n, s, z) b = DequantizeLinear(q, s, z)""",
+            0,
+            np.uint8,
+        ),
+    ],
+)
+def test_a_quantizer_that_cuts_off_is_the_relu_before_it(
+    method: type[ox.Attribution], between: str, zero: int, dtype: type
+) -> None:
+    x, target = X.astype(np.float32) / 3, np.array([2, 0, 1, 1])
+    made = quantized(between, zero, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = method(made).attribute(x, target=target)  # type: ignore[attr-defined]
+    want = method(PLAIN).attribute(x, target=target)  # type: ignore[attr-defined]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_by_the_layer_that_a_quantizer_cuts_off() -> None:
+    x = X.astype(np.float32) / 3
+    for method in (GuidedBackprop, Deconvolution):
+        got = method(quantized(CUT), wrt="a").attribute(x, target=1)
+        want = method(PLAIN, wrt="a").attribute(x, target=1)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_guided_map_of_a_quantized_model_is_that_of_its_parent() -> None:
+    """The quantizer of onnxruntime dropped all 26 ReLUs of SqueezeNet."""
+    parent, small = (
+        ox.Model(shared(f"squeezenet/squeezenet1.0-dc{kind}.onnx")) for kind in ("", "-qdq-int8")
+    )
+    picture = resize(skimage.data.chelsea(), (227, 227), preserve_range=True)[..., ::-1]
+    x = (picture - [104, 117, 123]).transpose(2, 0, 1)[None].astype(np.float32)
+    of_both = [GuidedBackprop(made).attribute(x, target=285) for made in (parent, small)]
+    assert np.corrcoef(*(a.ravel() for a in of_both))[0, 1] > 0.95
+
+
+QUANTIZE_B = "q = QuantizeLinear({}, s, z) b = DequantizeLinear(q, s, z)"
+
+
+@pytest.mark.parametrize(
+    ("between", "zero"),
+    [
+        (CUT, 3),  # its least number is negative
+        ("h = Sigmoid(a) " + QUANTIZE_B.format("h"), 0),
+        ("h = Exp(a) g = Sigmoid(a) i = Mul(h, g) " + QUANTIZE_B.format("i"), 0),
+        ("h = Exp(a) g = Max(h, zero) i = Max(g, h) " + QUANTIZE_B.format("i"), 0),
+        ("h = Abs(a) g = Concat<axis = 1>(h) i = Identity(g) " + QUANTIZE_B.format("i"), 0),
+    ],
+)
+def test_a_quantizer_of_what_is_not_negative_only_rounds(between: str, zero: int) -> None:
+    made, x = quantized(between, zero), X.astype(np.float32) / 3
+    with pytest.warns(UserWarning, match="plain gradient"):
+        got = GuidedBackprop(made).attribute(x, target=0)
+    np.testing.assert_allclose(got, ox.Saliency(made).attribute(x, target=0, abs=False))
+
+
+def test_a_quantized_input_is_no_relu() -> None:
+    text = f"""{HEAD} net (float[N, 5] x) => (float[N, 3] y) {{
+        q = QuantizeLinear(x, s) d = DequantizeLinear(q, s) y = MatMul(d, V) }}"""
+    made = model(text, {"s": np.float32(0.05), "V": V[:5].astype(np.float32)})
+    with pytest.warns(UserWarning, match="plain gradient"):
+        got = GuidedBackprop(made).attribute(np.abs(X).astype(np.float32), target=2)
+    np.testing.assert_allclose(got, np.broadcast_to(V[:5, 2], X.shape), rtol=1e-5)
+    assert (got < 0).any()
+
+
+def test_quantized_operators_have_their_relu_inside() -> None:
+    text = f"""{HEAD} net (float[N, 5] x) => (float[N, 3] y) {{
+        q = QuantizeLinear(x, s, m) r = QLinearMatMul(q, s, m, W, t, m, u, z)
+        d = DequantizeLinear(r, u, z) y = MatMul(d, V) }}"""
+    weights = RNG.integers(100, 156, (5, 7)).astype(np.uint8)
+    scales = {"s": np.float32(0.03), "t": np.float32(0.02), "u": np.float32(0.05)}
+    points = {"m": np.array(128, np.uint8), "z": np.array(0, np.uint8)}
+    made = model(text, {"W": weights, "V": V.astype(np.float32), **scales, **points})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = GuidedBackprop(made).attribute(X.astype(np.float32), target=1)
+    real = (weights - 128.0) * 0.02
+    stepped = np.clip(np.round(X / 0.03), -128, 127) * 0.03
+    on = (stepped @ real > 0) & (stepped @ real < 255 * 0.05)
+    want = (np.maximum(V[:, 1], 0) * on) @ real.T
+    np.testing.assert_allclose(got, want * (np.abs(X / 0.03) < 127), rtol=1e-4, atol=1e-5)
 
 
 # ---- other kinds of models --------------------------------------------------------------------

@@ -353,6 +353,20 @@ def test_command_line() -> None:
     assert "no option 'abs'" in result.output
 
 
+def test_the_layer_that_the_method_inside_chose_is_on_record() -> None:
+    text = f"""{HEAD} net (float[N, 3, 6, 6] x) => (float[N, 2] y) {{
+        c = Conv(x, k) r = Relu(c) p = GlobalAveragePool(r) f = Flatten(p) y = MatMul(f, w) }}"""
+    kernel, w = (rng.standard_normal(s).astype(np.float32) for s in ((4, 3, 3, 3), (4, 2)))
+    made, x = model(text, {"k": kernel, "w": w}), np.ones((2, 3, 6, 6), np.float32)
+    for inside in ("grad-cam", "grad-cam-map"):
+        options = {"attribution_method": inside, "nt_samples": 2, "seed": 0, "stdevs": 0.1}
+        got = ox.explain(made, x, "noise-tunnel", **options)
+        assert got.layer == ox.explain(made, x, inside).layer == "r"
+        assert list(got.arrays) == list(ox.explain(made, x, inside).arrays) == ["x"]
+    assert ox.NoiseTunnel(ox.Saliency(made)).layer is None
+    assert ox.explain(made, x, "noise-tunnel", nt_samples=1, stdevs=0.1, seed=0).layer is None
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

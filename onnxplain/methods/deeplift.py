@@ -21,6 +21,7 @@ from onnxplain.methods.forms import layer_form, neuron_form
 from onnxplain.methods.target import Seeds
 from onnxplain.model import Model
 from onnxplain.rules.deeplift import RevealCancel, rescale_rules
+from onnxplain.rules.modified import is_activation
 from onnxplain.run.feeds import Arrays
 from onnxplain.run.program import Rows
 
@@ -129,8 +130,11 @@ class DeepLift(Attribution):
             *found, difference = self._compare(pairs, rows, custom_attribution_func)
             if gaps is not None:
                 gaps.append(_sums(pairs, found) - difference)
-            arrays.append([_mean(v, a, each) for v, a in zip(pairs.wrt, found, strict=True)])
-        return question.answer([np.concatenate(a) for a in zip(*arrays, strict=True)])
+            examples = pairs.feeds.count // each
+            ends = zip(pairs.wrt, found, strict=True)
+            arrays.append([_mean(v, a, examples, each) for v, a in ends])
+        parts = zip(question.wrt, *arrays, strict=True)
+        return question.answer([np.concatenate(a, _rows_axis(v)) for v, *a in parts])
 
     def _with_delta(self, question: Question, **options: Any) -> tuple[Any, np.ndarray]:
         gaps: list[np.ndarray] = []
@@ -214,6 +218,7 @@ class DeepLift(Attribution):
             op: Emitter, of: ir.Value, seed: ir.Value, wrt: Sequence[ir.Value], *inputs: ir.Value
         ) -> list[ir.Value]:
             rules = rescale_rules(self._eps, self._softmax)
+            _write_relus(op.graph)
             expand_functions(op.graph, [of], wrt, rules)
             check_path(op.graph, [of], wrt, rules)
             reference = self._twin(op, of, inputs)
@@ -372,6 +377,16 @@ def _explained(
     return total
 
 
+def _write_relus(graph: ir.Graph) -> None:
+    """Write each ``Where(x > 0, x, 0)`` as the Relu that it is: it has the rule of one."""
+    for node in graph:
+        x = node.inputs[1] if node.op_type == "Where" else None
+        if x is not None and is_activation(node) and dims(x) == dims(node.outputs[0]):
+            node.replace_input_with(0, x)
+            node.resize_inputs(1)
+            node.op_type = "Relu"
+
+
 def _rows_first(value: ir.Value, array: np.ndarray) -> tuple[np.ndarray, int]:
     """Attributions of a source with the axis that counts the rows first, and that axis."""
     axis = _rows_axis(value)
@@ -391,13 +406,20 @@ def _sums(pairs: Question, arrays: Sequence[np.ndarray]) -> np.ndarray:
     return total.sum(keepdims=True) if pairs.at_once else total
 
 
-def _mean(value: ir.Value, array: np.ndarray, each: int) -> np.ndarray:
-    """The mean over the baselines of each example."""
+def _mean(value: ir.Value, array: np.ndarray, examples: int, each: int) -> np.ndarray:
+    """The mean over the baselines of each example, which may have several rows."""
     if each == 1:
         return array
     rows, axis = _rows_first(value, array)
-    apart = rows.reshape(-1, each, *rows.shape[1:])
-    return np.moveaxis(apart.mean(axis=1, dtype=np.float64).astype(array.dtype), 0, axis)
+    if len(rows) % (examples * each):
+        raise UnsupportedModelError(
+            f"'{value.name}' has {len(rows)} rows for {examples * each} pairs of example and "
+            "baseline, so its values can't be told apart by pair; choose a layer that has one row "
+            "for each example"
+        )
+    apart = rows.reshape(examples, each, -1, *rows.shape[1:])
+    mean = apart.mean(axis=1, dtype=np.float64).astype(array.dtype)
+    return np.moveaxis(mean.reshape(-1, *rows.shape[1:]), 0, axis)
 
 
 def _picked(array: np.ndarray, first: int, each: int) -> Rows:

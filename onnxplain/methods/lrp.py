@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -132,7 +133,7 @@ class LRP(Attribution):
             }
         if not named:
             raise LayerError(f"'{selector}' is a model input: no layer has this name")
-        return Entry(rule, lambda node: node.name in named, f"layer '{selector}'")
+        return Entry(rule, lambda node: node.name in named, f"layer '{selector}'", named=True)
 
     def has_convergence_delta(self) -> bool:
         """True."""
@@ -152,7 +153,7 @@ class LRP(Attribution):
             inputs, target, additional_forward_args: as :meth:`Saliency.attribute`.
             return_convergence_delta: also return [N], the explained value minus the sum of an
                 example's relevance: what biases, other constants and stabilizers absorbed.
-            verbose: print which rule is applied to which node.
+            verbose: print which rule is applied to which node, to the standard error stream.
 
         Returns:
             Relevance of the inputs' shape, in the inputs' form; with the delta if asked for.
@@ -275,7 +276,7 @@ class LRP(Attribution):
 
 
 def _print(rule: PropagationRule, node: ir.Node) -> None:
-    print(f"Applied {rule} on layer {node.name}")
+    print(f"Applied {rule} on layer {node.name}", file=sys.stderr)
 
 
 @layer_form

@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from onnxplain.graph.edit import downstream, upstream
+from onnxplain.graph.edit import clone, downstream, upstream
+from onnxplain.graph.grad import expand_functions
 from onnxplain.methods.base import Attribution, Layers, Question
 from onnxplain.methods.forms import neuron_form
 from onnxplain.methods.gradient import GradientAttribution
@@ -31,7 +32,12 @@ class ModifiedActivations(Attribution):
         """Say so where no operator on the way is changed; once there is a result to speak of."""
         graph = self.model.graph.graph
         behind = set(downstream(graph, question.wrt))
-        if not any(self.table.find(n) for n in upstream(graph, [question.of]) if n in behind):
+        if any(self.table.find(n) for n in upstream(graph, [question.of]) if n in behind):
+            return
+        # Function bodies, those of quantized layers, may hold some.
+        copy, (of, *wrt) = clone(self.model.graph, [question.of, *question.wrt])
+        active = expand_functions(copy.graph, [of], wrt, self.rules)
+        if not any(self.table.find(n) for n in active.nodes):
             warnings.warn(
                 f"no operator between '{question.wrt[0].name}' and '{question.of.name}' is one that"
                 f" activations={self.activations!r} stands for, so this is the plain gradient; "
@@ -46,9 +52,10 @@ class ModifiedBackprop(ModifiedActivations, GradientAttribution):
     Args:
         model: the model.
         activations: operators that the rule is for: "relu" (Relu, ThresholdedRelu, Clip with
-            minimum 0 such as ReLU6, Max with 0, Where(x > 0, x, 0)), "all" (LeakyRelu, PRelu, Elu,
-            Gelu, Swish, Sigmoid, Tanh, ... too), or a list of operator types. An activation that
-            was exported as several operators is none of them.
+            minimum 0 such as ReLU6, Max with 0, Where(x > 0, x, 0), and the QuantizeLinear that
+            stands for a ReLU in a quantized model), "all" (LeakyRelu, PRelu, Elu, Gelu, Swish,
+            Sigmoid, Tanh, ... too), or a list of operator types. An activation that was exported as
+            several operators is none of them.
         of, wrt: names of layers, see :class:`Attribution`.
 
     Raises:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxplain.errors import InputError
 from onnxplain.graph.edit import has_rows
 from onnxplain.graph.emit import is_float, rank
-from onnxplain.methods.base import Attribution
+from onnxplain.methods.base import Attribution, Layers
 from onnxplain.methods.baselines import distributions
 from onnxplain.model import Model
 from onnxplain.run import memory
@@ -197,9 +197,18 @@ class NoiseTunnel(Attribution):
         self.attribution_method = inner
         self.multiplies_by_inputs = inner.multiplies_by_inputs
 
+    @property
+    def layer(self) -> Layers | None:
+        """The layer that the method explains by, where it chose or was given one."""
+        return getattr(self.attribution_method, "layer", None)
+
     def has_convergence_delta(self) -> bool:
         """Whether the method has one."""
         return self.attribution_method.has_convergence_delta()
+
+    def laid_over(self, feeds: Feeds) -> list[str] | None:
+        """The inputs in whose coordinates the method's result is."""
+        return self.attribution_method.laid_over(feeds)
 
     def attribute(
         self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from onnxplain.errors import InputError, LayerError
 from onnxplain.graph.edit import BATCH, downstream, has_rows
-from onnxplain.graph.emit import Emitter, const_array, dims, is_float, rank
+from onnxplain.graph.emit import Dim, Emitter, const_array, dims, is_float, rank
 from onnxplain.graph.grad import Active
 from onnxplain.methods.base import Attribution
 from onnxplain.model import Model
@@ -26,15 +26,23 @@ log = logging.getLogger("onnxplain")
 
 Transform = Callable[[np.ndarray], np.ndarray]
 
-# Operators whose data has its channels on the second axis, and those that have it on the last.
+# Operators that have channels on the second axis of their data and result, by definition.
 _SECOND = frozenset(
     "Conv ConvTranspose QLinearConv ConvInteger DeformConv MaxPool AveragePool LpPool "
     "GlobalAveragePool GlobalMaxPool GlobalLpPool BatchNormalization InstanceNormalization "
     "GroupNormalization LRN DepthToSpace SpaceToDepth".split()
 )
-_LAST = frozenset("LayerNormalization RMSNormalization SimplifiedLayerNormalization".split())
-# Values looked at in each direction for an operator that tells.
-_REACH = 200
+_NORMS = frozenset("LayerNormalization RMSNormalization SimplifiedLayerNormalization".split())
+# Products with a matrix, and where that is among their inputs: it mixes the last axis.
+_DENSE = {"MatMul": 1, "MatMulInteger": 1, "QLinearMatMul": 3}
+# Operators that have values of one rank whose axes are not the same.
+_REARRANGING = frozenset(
+    "Gather GatherND ScatterND Gemm Einsum GridSample LSTM GRU RNN If Loop Scan".split()
+)
+# What may be between a constant and the operator whose weight it is.
+_OF_WEIGHTS = frozenset("DequantizeLinear QuantizeLinear Cast Transpose Reshape".split())
+# Values looked at around one: for convolutions that contradict each other, and for any at all.
+_NEAR, _FAR = 200, 2000
 # Tokens that are no part of the picture (class, distillation, registers): at most one for so many.
 _TOKENS_PER_EXTRA = 4
 _FOR_TABLES = (
@@ -43,87 +51,142 @@ _FOR_TABLES = (
 )
 
 
+# An axis that the value which is asked about does not have: one that was put in behind it.
+_NEW = -1
+
+Axes = tuple[int | None, ...]
+"""For each axis of a value where it is in another one; None where that can't be told."""
+
+
 def channel_axis(value: ir.Value) -> int | None:
-    """Which axis of a value holds its channels, from the operators before or behind it.
+    """Which axis of a value holds its channels, from the operators around it.
 
-    None where none of them tells.
+    None where none of them tells, where they contradict each other, or where it has none.
     """
-    found = _channels_before(value, set())
-    return found if found is not None else _channels_behind(value, set())
+    found = _evidence(value)
+    return next(iter(found - {_NEW}), None) if len(found) == 1 else None
 
 
-def _fixed(node: ir.Node, value: ir.Value) -> int | None:
-    """The channel axis that an operator itself gives to its data or to its result."""
+def _evidence(value: ir.Value) -> set[int]:
+    """The axes that operators around a value take for its channels, by the strongest evidence.
+
+    Convolutions and pooling have their channels by definition; a normalization of the last axis
+    alone is over channels nearly always; a product with a matrix may mix places instead (tokens of
+    an MLP-Mixer, the width of a spectrogram), so it tells only where nothing else does.
+    """
+    votes: tuple[set[int], ...] = (set(), set(), set())
+    if value.shape is None:
+        return set()
+    queue: list[tuple[ir.Value, Axes]] = [(value, tuple(range(rank(value))))]
+    seen = {value}
+    for here, axes in queue:  # grows
+        producer = here.producer()
+        for node in filter(None, (producer, *(n for n, _ in here.uses()))):
+            if not node.inputs:
+                continue
+            strength, axis = _told(node, here)
+            if axis is not None and axes[axis]:
+                votes[strength].add(axes[axis])  # type: ignore[arg-type]
+            if node.op_type in _SECOND:
+                continue
+            for there, moved in _beside(node, here):
+                if there not in seen and len(seen) < (_NEAR if votes[0] else _FAR):
+                    seen.add(there)
+                    queue.append((there, tuple(a if a in (None, _NEW) else axes[a] for a in moved)))
+    found = next(filter(None, votes), set())
+    return found - {_NEW} or found
+
+
+def _told(node: ir.Node, value: ir.Value) -> tuple[int, int | None]:
+    """What an operator says of its data or its result: (rank of the evidence, channel axis)."""
+    if value is not node.inputs[0] and value is not node.outputs[0]:
+        return 0, None
     if node.op_type in _SECOND:
-        return 1
-    weight = node.inputs[1] if len(node.inputs) > 1 else None
-    dense = node.op_type == "MatMul" and const_array(weight) is not None
-    return rank(value) - 1 if node.op_type in _LAST or dense else None
+        return 0, 1
+    last = rank(value) - 1
+    if node.op_type in _NORMS:
+        given = node.attributes.get("axis")
+        return 1, last if given is None or given.as_int() in (-1, last) else None
+    at = _DENSE.get(node.op_type)
+    return 2, last if at is not None and _is_weight(node.inputs[at]) else None
 
 
-def _moved(node: ir.Node, back: bool = False) -> Callable[[int], int | None] | None:
-    """How an operator moves axes (``back``: from its result to its data); None if it does not."""
+def _is_weight(value: ir.Value | None) -> bool:
+    """Whether a value is a constant, be it quantized."""
+    while const_array(value) is None:
+        node = None if value is None else value.producer()
+        if node is None or node.op_type not in _OF_WEIGHTS:
+            return False
+        value = node.inputs[0]
+    return True
+
+
+def _beside(node: ir.Node, value: ir.Value) -> Iterator[tuple[ir.Value, Axes]]:
+    """Other values of a node, with where each of their axes is in ``value``."""
+    x, y = node.inputs[0], node.outputs[0]
+    if node.op_type in ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"):
+        other = y if value is x else x if value is y else None
+        if other is not None and other.shape is not None:
+            yield other, _moved(node, value, other)
+        return
+    among: list[ir.Value | None] = [*node.inputs, *node.outputs]
+    if "MatMul" in node.op_type:
+        operands = [node.inputs[i] for i in (0, _DENSE.get(node.op_type, 0))]
+        among = [*operands, y] if sum(map(_is_weight, operands)) == 1 else []
+    elif node.op_type in _REARRANGING:
+        return
+    for other in among:
+        if other is None or other is value or other.shape is None or _is_weight(other):
+            continue
+        if rank(other) == rank(value):
+            yield other, tuple(range(rank(value)))
+
+
+def _moved(node: ir.Node, value: ir.Value, other: ir.Value) -> Axes:
+    """Where the axes of ``other`` are in ``value``: data and result of what moves axes."""
+    forth = value is node.inputs[0]
     if node.op_type == "Transpose":
-        x = node.inputs[0]
         given = node.attributes.get("perm")
-        perm = list(given.as_ints()) if given else list(range(rank(x)))[::-1]  # type: ignore[arg-type]
-        return (lambda a: perm[a]) if back else perm.index
-    if node.op_type in ("Squeeze", "Unsqueeze"):
-        axes = const_array(node.inputs[1]) if len(node.inputs) > 1 else None
-        if axes is None:
-            return lambda a: None
-        wide = node.inputs[0] if node.op_type == "Squeeze" else node.outputs[0]
-        gone = {int(a) % rank(wide) for a in axes.ravel()}  # type: ignore[arg-type]
-        kept = [a for a in range(rank(wide)) if a not in gone]  # type: ignore[arg-type]
-        if (node.op_type == "Unsqueeze") != back:
-            return lambda a: kept[a]
-        return lambda a: kept.index(a) if a in kept else None
-    return None
+        perm = list(given.as_ints()) if given else list(range(rank(value)))[::-1]
+        return tuple(perm if forth else np.argsort(perm).tolist())
+    axes = const_array(node.inputs[1]) if len(node.inputs) > 1 else None
+    if node.op_type in ("Reshape", "Flatten") or axes is None:
+        return _reshaped(dims(value), dims(other))
+    count = max(rank(value), rank(other))
+    gone = {int(a) % count for a in axes.ravel()}
+    kept = [a for a in range(count) if a not in gone]
+    if len(kept) == rank(other):
+        return tuple(kept)
+    return tuple(_NEW if a in gone else kept.index(a) for a in range(count))
 
 
-def _channels_before(value: ir.Value, seen: set[ir.Value]) -> int | None:
-    node = value.producer()
-    if node is None or value in seen or value.shape is None or len(seen) > _REACH:
+def _reshaped(old: tuple[Dim, ...], new: tuple[Dim, ...]) -> Axes:
+    """Where the axes of a shape are in another one with as many elements in the same order.
+
+    An axis stays one if as much is in front of it as before, or behind it. Which of several axes of
+    size 1 is which can't be told, unless all in front or all behind is the same.
+    """
+
+    def stays(a: int, b: int) -> bool:
+        sides = ((old[:a], new[:b]), (old[a + 1 :], new[b + 1 :]))
+        if old[a] == 1:
+            return any(None not in before and before == after for before, after in sides)
+        return any(_measure(before) == _measure(after) is not None for before, after in sides)
+
+    inserted = None not in old and tuple(s for s in new if s != 1) == old
+    found: list[int | None] = []
+    for b, size in enumerate(new):
+        same = [a for a, s in enumerate(old) if s is not None and s == size and stays(a, b)]
+        found.append(_NEW if inserted and size == 1 else same[0] if len(same) == 1 else None)
+    return tuple(found)
+
+
+def _measure(sizes: Sequence[Dim]) -> tuple[int, list[str]] | None:
+    """The product of sizes: of the numbers, and the symbols; None if one is unknown."""
+    if None in sizes:
         return None
-    seen.add(value)
-    if (fixed := _fixed(node, value)) is not None:
-        return fixed
-    moved = _moved(node)
-    for x in node.inputs:
-        if x is None or x.shape is None or const_array(x) is not None:
-            continue
-        if moved is not None:
-            axis = _channels_before(x, seen)
-            return None if axis is None else moved(axis)
-        same = rank(x) == rank(value) and _same_axes(node)
-        if same and (axis := _channels_before(x, seen)) is not None:
-            return axis
-    return None
-
-
-def _channels_behind(value: ir.Value, seen: set[ir.Value]) -> int | None:
-    if value in seen or value.shape is None or len(seen) > _REACH:
-        return None
-    seen.add(value)
-    for node, index in value.uses():
-        if index == 0 and (fixed := _fixed(node, value)) is not None:
-            return fixed
-        y = node.outputs[0]
-        moved = _moved(node, back=True)
-        same = y.shape is not None and rank(y) == rank(value) and _same_axes(node)
-        if moved is None and not same:
-            continue
-        axis = _channels_behind(y, seen)
-        if axis is not None and moved is not None:
-            axis = moved(axis)
-        if axis is not None:
-            return axis
-    return None
-
-
-def _same_axes(node: ir.Node) -> bool:
-    """Whether an operator whose result has the rank of its data leaves the axes where they are."""
-    return node.op_type not in ("Reshape", "MatMul", "Gemm", "Gather", "Einsum")
+    numbers = [s for s in sizes if isinstance(s, int)]
+    return math.prod(numbers), sorted(str(s) for s in sizes if not isinstance(s, int))
 
 
 @dataclass(frozen=True)
@@ -198,7 +261,8 @@ class Grid:
         if self.order is not None:
             value = op.Gather(op.Flatten(value), list(self.order), axis=1)
         elif self.start:
-            value = op.Slice(value, [self.start], [np.iinfo(np.int64).max], [1])
+            tokens = 2 if self.channels == 1 else 1
+            value = op.Slice(value, [self.start], [np.iinfo(np.int64).max], [tokens])
         if self.order is None and self.channels != 1:
             value = op.Transpose(value, perm=_channels_first(count, self.channels))
         if self.order is not None or count != len(self.shape) + 1:
@@ -231,26 +295,31 @@ def grid(
     if transform is not None:
         return _transformed(shape, len(sizes), transform)
     name = layer.name
+    unclear = LayerError(
+        f"which axis of layer '{name}' (shape [N, {', '.join(map(str, shape))}]) counts its "
+        "channels can't be told from the operators around it: pass reshape_transform, which "
+        "makes maps [N, channels, *spatial] of its values"
+    )
+    axis = channel_axis(layer)
     if len(shape) == 2 and len(sizes) > 1:
-        tokens = token_grid(shape[0], sizes)
+        if axis is None and len(_evidence(layer)) > 1:
+            raise unclear
+        axis = axis or 2
+        count = shape[2 - axis]
+        tokens = token_grid(count, sizes)
         if tokens is None:
             raise LayerError(
-                f"layer '{name}' has shape [N, {shape[0]}, {shape[1]}], and {shape[0]} tokens are "
+                f"layer '{name}' has shape [N, {shape[0]}, {shape[1]}], and {count} tokens are "
                 f"no grid over an image of {_times(sizes)}, not even without class tokens: pass "
                 "reshape_transform, which makes maps [N, channels, height, width] of its values"
             )
-        return Grid(2, tokens[0], (shape[1], *tokens[1]))
+        return Grid(axis, tokens[0], (shape[axis - 1], *tokens[1]))
     if len(shape) <= len(sizes) or len(shape) < 2:
         return None
-    axis = channel_axis(layer)
     if axis is None:
         axis = _by_shape(shape, sizes)
     if axis is None:
-        raise LayerError(
-            f"which axis of layer '{name}' (shape [N, {', '.join(map(str, shape))}]) counts its "
-            "channels can't be told from the operators around it: pass reshape_transform, which "
-            "makes maps [N, channels, *spatial] of its values"
-        )
+        raise unclear
     spatial = [d for i, d in enumerate(shape, 1) if i != axis]
     while len(spatial) > len(sizes) and 1 in spatial:
         spatial.remove(1)  # one dimension, computed as two

@@ -10,7 +10,9 @@ sections 3.5.1 to 3.5.3; max pooling as in Captum 0.9. What the paper leaves ope
   operands; other operators of two operands likewise (the Shapley value of two players);
 - softmax: :func:`softmax`; normalizations: products, and the rescale rule of 1 / sqrt(variance);
 - conditions and indices have no difference: what they choose is the mean of both choices
-  (``Where``), or what they choose at the input (``Gather``). The gap of the sum shows their share;
+  (``Where``, but for the ReLU ``Where(x > 0, x, 0)``), or what they choose at the input
+  (``Gather``). The gap of the sum shows their share;
+- differences that are rounding noise have no ratio: :func:`_ratio`;
 - rounding of quantized models passes straight through.
 
 Operators that are neither listed here nor have a function body are refused.
@@ -31,8 +33,8 @@ from onnxplain.rules import Rules, RuleTable
 from onnxplain.rules.vjp import VJP
 
 _INSTEAD = (
-    "Explain with respect to a layer behind it, or use IntegratedGradients, which takes derivatives "
-    "and adds up too"
+    "Explain with respect to a layer behind it, or use IntegratedGradients, which takes "
+    "derivatives and adds up too"
 )
 
 # The derivative is the multiplier.
@@ -131,8 +133,11 @@ def _ratio(op: Emitter, n: Call, i: int, g: Any, change: Any, delta: Any, eps: f
     """
     ends = n, n.on(n.x0, n.y0)
     slope = _mean(op, *(_derivative(op, end, i, g) for end in ends))
+    size = op.Add(op.Abs(n.y[0]), op.Abs(n.y0[0]))
+    if n.node.op_type == "Sigmoid":  # which runtimes compute as a half and the rest
+        size = op.Add(size, 0.5)
     rounding = op.Add(
-        op.Mul(op.Abs(g), op.Add(op.Abs(n.y[0]), op.Abs(n.y0[0]))),
+        op.Mul(op.Abs(g), size),
         op.Mul(op.Abs(slope), op.Add(op.Abs(n.x[i]), op.Abs(n.x0[i]))),
     )
     noise = op.Mul(rounding, 4 * _SPACING[n.y[0].dtype.name])  # type: ignore[union-attr]
@@ -340,20 +345,21 @@ def _group_normalization(op: Emitter, n: Call, g: Any) -> Any:
 
 # Operators that map parts to parts, each output one input (or its negative) times a constant.
 _MOVES = frozenset(
-    "Identity Cast Neg Reshape Flatten Squeeze Unsqueeze Transpose Concat Expand Slice Gather "
-    "Mul BatchNormalization".split()
+    "Identity Cast Neg Reshape Flatten Squeeze Unsqueeze Transpose Concat Split Expand Tile Slice "
+    "Gather Pad Mul Div BatchNormalization".split()
 )
 # Operators that add terms: the sign of each decides to which part of the sum it belongs.
 _SUMS = frozenset(
     "Add Sub Sum Mean Conv ConvTranspose Gemm MatMul AveragePool GlobalAveragePool ReduceSum "
     "ReduceMean".split()
 )
-_WEIGHTS = frozenset("Mul BatchNormalization Conv ConvTranspose Gemm MatMul".split())
+_WEIGHTS = frozenset("Mul Div BatchNormalization Conv ConvTranspose Gemm MatMul".split())
 _OFFSETS = {
     "Conv": (2,),
     "ConvTranspose": (2,),
     "Gemm": (2,),
     "BatchNormalization": (2, 3),
+    "Pad": (2,),
     **dict.fromkeys(("Add", "Sub", "Sum", "Mean", "Concat"), range(1 << 16)),
 }
 
@@ -406,14 +412,14 @@ class RevealCancel:
     def _kind(self, n: Call) -> str:
         """How the parts of a node's output come about."""
         op_type, moving = n.node.op_type, _moving(n)
-        if n.node.domain or len(n.y) != 1 or not moving:
+        if n.node.domain or (len(n.y) != 1 and op_type != "Split") or not moving:
             return "other"
         if op_type in _UNARY or op_type in _ELEMENTWISE:
             one = len(moving) == 1 and dims(n.x[moving[0]]) == dims(n.y[0])
             return "nonlinear" if one and _defined_everywhere(n, moving[0]) else "other"
         if op_type in _WEIGHTS and (len(moving) > 1 or moving[0] > 1):
             return "other"
-        if op_type == "BatchNormalization" and moving != [0]:
+        if op_type in ("BatchNormalization", "Div") and moving != [0]:
             return "other"
         if op_type in ("Add", "Sub", "Sum") and len(moving) == 1:
             return "move"
@@ -440,19 +446,22 @@ class RevealCancel:
                 for k in _moving(n)
             }
             # Not one as the rest of the other: what is zero must be zero.
-            pair = self._gathered(op, n, pairs, 0), self._gathered(op, n, pairs, 1)
+            sides = (self._gathered(op, n, pairs, side) for side in (0, 1))
+            self._known.update(zip(n.y, zip(*sides, strict=True), strict=True))
+            return self._known[value]
         self._known[value] = pair
         return pair
 
-    def _gathered(self, op: Emitter, n: Call, pairs: Mapping[int, Pair], side: int) -> ir.Value:
-        """The positive (0) or negative (1) part of a linear operator's output."""
+    def _gathered(
+        self, op: Emitter, n: Call, pairs: Mapping[int, Pair], side: int
+    ) -> list[ir.Value]:
+        """The positive (0) or negative (1) parts of a linear operator's outputs."""
         up, down = self._split(op, n)
-        part = self._run(op, n, up, {k: p[side ^ _flips(n, k)] for k, p in pairs.items()})
+        parts = self._run(op, n, up, {k: p[side ^ _flips(n, k)] for k, p in pairs.items()})
         if down is None:
-            return part
-        other = self._run(op, n, down, {k: p[1 - side] for k, p in pairs.items()})
-        total: ir.Value = _shaped(op.Add(part, other), part)
-        return total
+            return parts
+        others = self._run(op, n, down, {k: p[1 - side] for k, p in pairs.items()})
+        return [_shaped(op.Add(*ends), ends[0]) for ends in zip(parts, others, strict=True)]
 
     def _call(self, value: ir.Value) -> Call | None:
         node = value.producer()
@@ -488,15 +497,19 @@ class RevealCancel:
             return up, None
         down, (i,) = list(n.x), _moving(n)
         w, known = n.x[1 - i], n.const(1 - i)
-        if known is not None:
-            up[1 - i], down[1 - i] = (op.const(f(known, 0)) for f in (np.maximum, np.minimum))
-        else:
-            up[1 - i], down[1 - i] = _shaped(op.Relu(w), w), _shaped(op.Min(w, 0.0), w)
+        none = np.inf if n.node.op_type == "Div" else 0.0
+        for operands, above in ((up, True), (down, False)):
+            if known is not None:
+                kept = np.where((known > 0) == above, known, known.dtype.type(none))
+                operands[1 - i] = op.const(kept)
+            else:
+                kept = op.Where(op.emit("Greater" if above else "LessOrEqual", w, 0.0), w, none)
+                operands[1 - i] = _shaped(kept, w)
         return up, down
 
     def _run(
         self, op: Emitter, n: Call, operands: Sequence[Any], parts: Mapping[int, ir.Value]
-    ) -> ir.Value:
+    ) -> list[ir.Value]:
         """The operator on parts of its inputs' differences: offsets have none."""
         given = list(operands)
         for k, x in enumerate(given):
@@ -506,7 +519,7 @@ class RevealCancel:
                 known = n.const(k)
                 zero = op.full_like(x, 0.0) if known is None else op.const(np.zeros_like(known))
                 given[k] = zero
-        return n.again(op, *given).y[0]
+        return n.again(op, *given).y
 
     # ---- backward: multipliers --------------------------------------------------------------
 
@@ -524,15 +537,15 @@ class RevealCancel:
         ]
         return [None] * i + [self._hand_on(op, n.x[i], *sides)]
 
-    def _linear(self, op: Emitter, n: Call, g: Any) -> Any:
+    def _linear(self, op: Emitter, n: Call, *g: Any) -> Any:
         kind = self._kind(n)
-        if kind == "other" or n.y[0] not in self._excess:
-            return self._base.gradient(op, n, g)
-        both = g, self._negative(op, n.y[0], g)
+        if kind == "other" or self._excess.keys().isdisjoint(n.y):
+            return self._base.gradient(op, n, *g)
+        both = g, [self._negative(op, y, m) for y, m in zip(n.y, g, strict=True)]
         up: Any
         down: Any
         up, down = (
-            operands and [VJP.gradient(op, n.on(operands, n.y), m) for m in both]
+            operands and [VJP.gradient(op, n.on(operands, n.y), *m) for m in both]
             for operands in self._split(op, n)
         )
         found: list[Any] = [None] * len(n.x)

@@ -932,12 +932,14 @@ def preset(
 class Entry:
     """A chosen rule: for the nodes that ``selects`` picks, or for the first linear layers.
 
-    ``selector`` is how the user put it, where the rule must fit some of the nodes.
+    ``selector`` is how the user put it, where the rule must fit some of the nodes; ``named``: as
+    the name of a layer.
     """
 
     rule: PropagationRule
     selects: Callable[[ir.Node], bool] | None = None
     selector: str | None = None
+    named: bool = False
 
 
 class Known(RuleTable):
@@ -1019,7 +1021,12 @@ class Propagation(RuleTable):
         return Rule(function, quantizes=node.op_type in QUANTIZERS, operands=carried)
 
     def _picks(self, entry: Entry, node: ir.Node) -> bool:
-        return node in self._first if entry.selects is None else entry.selects(node)
+        if entry.selects is None:
+            return node in self._first
+        added = self._added.get(node) if entry.named else None
+        behind = added.y.producer() if added is not None else None
+        # The layer is the two together, and its output has the name of the Add.
+        return entry.selects(node) or (behind is not None and entry.selects(behind))
 
     def _varying(self, node: ir.Node) -> tuple[int, ...]:
         return tuple(i for i, v in enumerate(node.inputs) if v in self.values)

@@ -3,6 +3,14 @@
 An operator is ReLU-like if it is zero below a threshold and the identity above it (up to a limit):
 Relu, ThresholdedRelu, Clip with minimum 0, Max with 0, and Where(x > 0, x, 0). Leaky and smooth
 activations (LeakyRelu, PRelu, Elu, Gelu, ...) are not: they are changed only where asked for.
+
+Static quantizers drop a ReLU whose result is quantized with the least integer for a zero point: the
+QuantizeLinear itself cuts off what is negative. One with such a zero point is ReLU-like, then,
+where the operators before it can give something negative. It only rounds where they can't: behind a ReLU,
+a sigmoid or another such QuantizeLinear, be it through pooling, concatenation, sums or products of
+what comes from there; nor does one of an input of the model stand for a ReLU. (A layer without ReLU
+that was positive on all the calibration data gets the same zero point and can't be told from one
+with it; the deployed model cuts it off at zero all the same.)
 """
 
 from __future__ import annotations
@@ -17,12 +25,24 @@ from onnxplain.graph.emit import Call, Emitter, const_array
 from onnxplain.rules import RuleTable
 from onnxplain.rules.vjp import VJP
 
-RELU_LIKE = ("Relu", "ThresholdedRelu", "Clip", "Max", "Where")
+RELU_LIKE = ("Relu", "ThresholdedRelu", "Clip", "Max", "Where", "QuantizeLinear")
 ACTIVATIONS = (
     *RELU_LIKE,
     *"LeakyRelu PRelu Elu Selu Celu Gelu Swish HardSwish Mish Softplus Softsign Shrink".split(),
     *"Sigmoid HardSigmoid Tanh".split(),
 )
+# Operators without a negative result, and those without one if no operand is negative.
+_NON_NEGATIVE = frozenset(
+    "Relu ThresholdedRelu Sigmoid HardSigmoid Softmax Softplus Exp Sqrt Abs".split()
+)
+_KEEPS_SIGN = frozenset(
+    "MaxPool AveragePool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool ReduceMean ReduceSum "
+    "ReduceMax ReduceMin Concat Split Slice Gather Reshape Flatten Squeeze Unsqueeze Transpose "
+    "Expand Tile Pad Resize Identity Dropout Cast DepthToSpace SpaceToDepth Add Mul Max Min Sum Mean "
+    "QuantizeLinear DequantizeLinear".split()
+)
+# Of these every operand is data; of the others, the first.
+_COMBINING = frozenset("Concat Add Mul Max Min Sum Mean".split())
 
 
 def guided(op: Emitter, n: Call, g: ir.Value) -> list[ir.Value | None]:
@@ -33,6 +53,9 @@ def guided(op: Emitter, n: Call, g: ir.Value) -> list[ir.Value | None]:
 def deconvolution(op: Emitter, n: Call, g: ir.Value) -> list[ir.Value | None]:
     """The positive part of the cotangent, whatever the activation let through on the way forward
     (Zeiler and Fergus 2013, arXiv:1311.2901)."""
+    if n.node.op_type == "QuantizeLinear":  # in steps of the integer; zero is always in range
+        inside = n.on([op.full_like(n.x[0], 0.0), *n.x[1:]], n.y)
+        return VJP.gradient(op, inside, op.Relu(g))
     return [
         op.unbroadcast(op.Relu(g), n.y[0], x) if n.needs(i) else None for i, x in enumerate(n.x)
     ]
@@ -57,12 +80,14 @@ def table(rule: Any, activations: str | tuple[str, ...] = "relu") -> RuleTable:
             f"activations={activations!r} names no activation functions, or others; give 'relu', "
             f"'all', or a list of {', '.join(ACTIVATIONS)}"
         )
-    made = RuleTable(rule.__name__, matches=_is_activation)
-    made.rule(*types)(rule)
+    made = RuleTable(rule.__name__, matches=is_activation)
+    made.rule(*{*types} - {"QuantizeLinear"})(rule)
+    if "QuantizeLinear" in types:
+        made.rule("QuantizeLinear", quantizes=True)(rule)
     return made
 
 
-def _is_activation(node: ir.Node) -> bool:
+def is_activation(node: ir.Node) -> bool:
     """Whether an operator that can be more than an activation is one."""
     x = node.inputs
     if node.op_type == "Clip":
@@ -78,6 +103,40 @@ def _is_activation(node: ir.Node) -> bool:
             and _is_zero(mask.inputs[1])
             and _is_zero(x[2])
         )
+    return node.op_type != "QuantizeLinear" or (_cuts_off(node) and not _is_non_negative(x[0]))
+
+
+def _cuts_off(node: ir.Node) -> bool:
+    """Whether a QuantizeLinear has its zero point at the least integer of its type."""
+    stored = node.outputs[0].dtype
+    if stored is None or not stored.is_integer():
+        return False
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return stored.min == 0
+    zero = const_array(node.inputs[2])
+    return zero is not None and bool((zero == stored.min).all())
+
+
+def _is_non_negative(value: ir.Value | None) -> bool:
+    """Whether the operators before a value leave nothing negative; inputs of a model count so."""
+    seen, left = set(), [value]
+    while left:
+        value = left.pop()
+        if value is None or value in seen or value.is_graph_input():
+            continue
+        seen.add(value)
+        constant, node = const_array(value), value.producer()
+        if constant is not None or node is None:
+            if constant is None or (constant < 0).any():
+                return False
+        elif node.op_type == "QuantizeLinear" and _cuts_off(node):
+            continue
+        elif node.op_type in ("Clip", "Max", "Where") and is_activation(node):
+            continue
+        elif node.op_type in _KEEPS_SIGN:
+            left += node.inputs if node.op_type in _COMBINING else node.inputs[:1]
+        elif node.op_type not in _NON_NEGATIVE:
+            return False
     return True
 
 
