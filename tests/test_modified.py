@@ -265,7 +265,7 @@ QUANTIZE_B = "q = QuantizeLinear({}, s, z) b = DequantizeLinear(q, s, z)"
         (CUT, 3),  # its least number is negative
         ("h = Sigmoid(a) " + QUANTIZE_B.format("h"), 0),
         ("h = Exp(a) g = Sigmoid(a) i = Mul(h, g) " + QUANTIZE_B.format("i"), 0),
-        ("h = Exp(a) g = Max(h, zero) i = Max(g, h) " + QUANTIZE_B.format("i"), 0),
+        ("h = Exp(a) g = Sigmoid(a) i = Max(g, h) " + QUANTIZE_B.format("i"), 0),
         ("h = Abs(a) g = Concat<axis = 1>(h) i = Identity(g) " + QUANTIZE_B.format("i"), 0),
     ],
 )

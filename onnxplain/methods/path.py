@@ -161,6 +161,7 @@ class PathAttribution(Attribution):
         cotangent = self._fed("cotangent")
         rows[cotangent] = question.seeds
         steps, count = len(positions), len(question.wrt)
+        kind = _working(self._anchors(question)[0])
         # What a layer counts other than examples belongs to no chunk of them.
         whole = self.model.fixed_batch is None and not all(map(has_rows, question.wrt))
         carried = {
@@ -175,7 +176,7 @@ class PathAttribution(Attribution):
         while start < steps:
             piece = slice(start, min(start + size, steps))
             shared = same | {
-                self._fed("positions"): positions[piece].astype(_working(question.wrt[0])),
+                self._fed("positions"): positions[piece].astype(kind),
                 self._fed("weights"): weights[piece].astype(_working(question.of)),
             }
             # Before the first step there is nothing yet, which broadcasts; then a row per example.
@@ -557,7 +558,7 @@ class IntegratedGradients(PathAttribution):
         program = self.model.program(
             ("path ends", question.key), lambda: self._build_ends(question)
         )
-        dtype = _working(question.wrt[0])
+        dtype = _working(self._anchors(question)[0])
         ends = []
         for position in (1.0, 0.0):
             rows, same = self._split_feeds(question, starts)

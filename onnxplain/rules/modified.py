@@ -6,11 +6,11 @@ activations (LeakyRelu, PRelu, Elu, Gelu, ...) are not: they are changed only wh
 
 Static quantizers drop a ReLU whose result is quantized with the least integer for a zero point: the
 QuantizeLinear itself cuts off what is negative. One with such a zero point is ReLU-like, then,
-where the operators before it can give something negative. It only rounds where they can't: behind a ReLU,
-a sigmoid or another such QuantizeLinear, be it through pooling, concatenation, sums or products of
-what comes from there; nor does one of an input of the model stand for a ReLU. (A layer without ReLU
-that was positive on all the calibration data gets the same zero point and can't be told from one
-with it; the deployed model cuts it off at zero all the same.)
+where the operators before it can give something negative. It only rounds where they can't: behind a
+ReLU, a sigmoid or another such QuantizeLinear, be it through pooling, concatenation, sums or
+products of what comes from there; nor does one of an input of the model stand for a ReLU. (A layer
+without ReLU that was positive on all the calibration data gets the same zero point and can't be
+told from one with it; the deployed model cuts it off at zero all the same.)
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _NON_NEGATIVE = frozenset(
 _KEEPS_SIGN = frozenset(
     "MaxPool AveragePool LpPool GlobalAveragePool GlobalMaxPool GlobalLpPool ReduceMean ReduceSum "
     "ReduceMax ReduceMin Concat Split Slice Gather Reshape Flatten Squeeze Unsqueeze Transpose "
-    "Expand Tile Pad Resize Identity Dropout Cast DepthToSpace SpaceToDepth Add Mul Max Min Sum Mean "
-    "QuantizeLinear DequantizeLinear".split()
+    "Expand Tile Pad Resize Identity Dropout Cast DepthToSpace SpaceToDepth "
+    "Add Mul Max Min Sum Mean QuantizeLinear DequantizeLinear".split()
 )
 # Of these every operand is data; of the others, the first.
 _COMBINING = frozenset("Concat Add Mul Max Min Sum Mean".split())
@@ -117,6 +117,15 @@ def _cuts_off(node: ir.Node) -> bool:
     return zero is not None and bool((zero == stored.min).all())
 
 
+def _clamps(node: ir.Node) -> bool:
+    """Whether an operator has no negative result, whatever it is fed."""
+    if node.op_type == "QuantizeLinear":
+        return _cuts_off(node)
+    if node.op_type in ("Clip", "Max", "Where"):
+        return is_activation(node)
+    return node.op_type in _NON_NEGATIVE
+
+
 def _is_non_negative(value: ir.Value | None) -> bool:
     """Whether the operators before a value leave nothing negative; inputs of a model count so."""
     seen, left = set(), [value]
@@ -129,14 +138,10 @@ def _is_non_negative(value: ir.Value | None) -> bool:
         if constant is not None or node is None:
             if constant is None or (constant < 0).any():
                 return False
-        elif node.op_type == "QuantizeLinear" and _cuts_off(node):
-            continue
-        elif node.op_type in ("Clip", "Max", "Where") and is_activation(node):
-            continue
-        elif node.op_type in _KEEPS_SIGN:
+        elif not _clamps(node):
+            if node.op_type not in _KEEPS_SIGN:
+                return False
             left += node.inputs if node.op_type in _COMBINING else node.inputs[:1]
-        elif node.op_type not in _NON_NEGATIVE:
-            return False
     return True
 
 
