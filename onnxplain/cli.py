@@ -440,7 +440,12 @@ def _plain(value: Any) -> Any:
     callback=_converted(_whole_numbers, "whole numbers with commas between them"),
     help="Explain this neuron of the layer.",
 )
-@click.option("--baseline", metavar="zero|mean|blur|FILE|NUMBER", help="What absence looks like.")
+@click.option(
+    "--baseline",
+    metavar="zero|mean|blur|FILE|NUMBER",
+    help="What absence looks like; for methods that take a distribution, a .npy or .csv with a row"
+    " for each baseline, in the model's units.",
+)
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the method.")
 @click.option("--seed", type=int, help="For methods that sample.")
 @click.option("--output", callback=_figure_path, metavar="FILE", help="why.png, .svg, .pdf, .html")

@@ -162,7 +162,7 @@ def emit_along(op: Emitter, value: ir.Value, by_axis: Sequence[np.ndarray]) -> i
 
 
 class LayerAttribution:
-    """What Captum's class of this name has for everybody: ``LayerAttribution.interpolate``."""
+    """A layer's attributions at another size: ``LayerAttribution.interpolate``, as in Captum."""
 
     @staticmethod
     def interpolate(

@@ -257,7 +257,8 @@ def _facts(frame: Frame) -> list[str]:
     if neuron is not None:
         target = f"neuron {neuron} of layer {explanation.layer}"
     inner = explanation.options.get("attribution_method")
-    method = f"{explanation.method} of {inner}" if inner else explanation.method
+    kind = explanation.options.get("nt_type")
+    method = f"{explanation.method} of {inner} ({kind})" if inner else explanation.method
     parts = [f"{method} for {target}"]
     if explanation.layer is not None and neuron is None:
         parts.append(f"layer {explanation.layer}")
