@@ -420,6 +420,46 @@ class Attribution:
         return self.model.run(self.model.forward([value.name or ""]), one)[value.name or ""]
 
 
+class DifferenceAttribution(Attribution):
+    """Methods whose attributions add up to the difference between the outputs at two points.
+
+    Args:
+        model: the model.
+        multiply_by_inputs: False leaves out the factor (input - baseline).
+        of, wrt: see :class:`Attribution`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        multiply_by_inputs: bool = True,
+        *,
+        of: str | None = None,
+        wrt: Layers | None = None,
+    ) -> None:
+        super().__init__(model, of=of, wrt=wrt)
+        self.multiplies_by_inputs = flag("multiply_by_inputs", multiply_by_inputs)
+
+    def compute_convergence_delta(
+        self,
+        attributions: Any,
+        start_point: Any,
+        end_point: Arrays,
+        target: Any = None,
+        additional_forward_args: Arrays = None,
+    ) -> np.ndarray:
+        """Sum of attributions minus (output at ``end_point`` - output at ``start_point``), [N]."""
+        question = self._ask(end_point, target, additional_forward_args)
+        return self._delta(question, attributions, start_point)
+
+
+def gap(total: np.ndarray, explained: np.ndarray) -> dict[str, np.ndarray]:
+    """How far attributions miss what they should add up to, absolute and relative, [N] each."""
+    delta = total - explained
+    size = np.maximum(np.abs(explained), np.finfo(np.float32).tiny)
+    return {"convergence_delta": delta, "relative_convergence_delta": np.abs(delta) / size}
+
+
 def emit_attribution(op: Emitter, value: ir.Value, name: str, source: ir.Value) -> None:
     """Make a value an output, of the shape of ``source`` if its own is not known.
 

@@ -15,7 +15,7 @@ from onnxplain.errors import InputError, LayerError, UnsupportedModelError
 from onnxplain.graph.edit import BATCH, new_input, reads, twin, upstream
 from onnxplain.graph.emit import Emitter, dims, rank
 from onnxplain.graph.grad import backward, check_path, expand_functions
-from onnxplain.methods.base import Attribution, Layers, Question, flag
+from onnxplain.methods.base import DifferenceAttribution, Layers, Question, gap
 from onnxplain.methods.baselines import distributions, named_baselines
 from onnxplain.methods.forms import layer_form, neuron_form
 from onnxplain.methods.target import Seeds
@@ -31,7 +31,7 @@ _PAIRS_BYTES = 1 << 26
 """Pairs of examples and baselines are explained in groups of about this size."""
 
 
-class DeepLift(Attribution):
+class DeepLift(DifferenceAttribution):
     """DeepLIFT: what each input contributes to the difference from a reference.
 
     Two passes, on the input and on the baseline, and one back, by multipliers (difference over
@@ -68,7 +68,7 @@ class DeepLift(Attribution):
         of: str | None = None,
         wrt: Layers | None = None,
     ) -> None:
-        super().__init__(model, of=of, wrt=wrt)
+        super().__init__(model, multiply_by_inputs, of=of, wrt=wrt)
         for option, given, known in (
             ("rule", rule, ("rescale", "reveal-cancel")),
             ("softmax", softmax, ("exact", "centered")),
@@ -77,7 +77,6 @@ class DeepLift(Attribution):
                 raise InputError(f"{option} {given!r} is not one of {', '.join(known)}")
         if not eps >= 0:
             raise InputError(f"eps is {eps!r}; it must be a number of at least 0")
-        self.multiplies_by_inputs = flag("multiply_by_inputs", multiply_by_inputs)
         self._eps, self._rule, self._softmax = float(eps), rule, softmax
 
     def has_convergence_delta(self) -> bool:
@@ -141,44 +140,31 @@ class DeepLift(Attribution):
         result = self._attribute(question, **options, gaps=gaps)
         return result, np.concatenate(gaps)
 
-    def compute_convergence_delta(
-        self,
-        attributions: Any,
-        start_point: Any,
-        end_point: Arrays,
-        target: Any = None,
-        additional_forward_args: Arrays = None,
+    def _delta(
+        self, question: Question, result: Any, baselines: Any = None, **_: Any
     ) -> np.ndarray:
-        """Sum of attributions minus (output at ``end_point`` - output at ``start_point``), [N]."""
-        question = self._ask(end_point, target, additional_forward_args)
-        starts = self._beside(question, named_baselines(self.model, question.feeds, start_point))
-        return np.asarray(question.sums(attributions) - self._differences(question, starts))
+        starts = self._beside(question, named_baselines(self.model, question.feeds, baselines))
+        return np.asarray(question.sums(result) - self._differences(question, starts))
 
-    def _checks(
+    def _with_checks(
         self,
         question: Question,
-        result: Any,
         baselines: Any = None,
         custom_attribution_func: Custom | None = None,
-    ) -> dict[str, np.ndarray]:
+    ) -> tuple[Any, dict[str, np.ndarray]]:
         """The gap of the sum, where the sum is meant to close: nothing goes around the sources."""
+        gaps: list[np.ndarray] = []
+        result = self._attribute(question, baselines, custom_attribution_func, gaps)
         if (
             not self.multiplies_by_inputs
             or custom_attribution_func is not None
             or question.at_once
             or not self._complete(question)
         ):
-            return {}
-        count = question.feeds.count
-        pairs = self._pairs(question, baselines)
-        differences = np.concatenate([self._differences(p, rows) for p, rows, _ in pairs])
-        explained = differences.reshape(count, -1).mean(axis=1)
-        delta = question.sums(result) - explained
-        size = np.maximum(np.abs(explained), np.finfo(np.float32).tiny)
-        return {
-            "convergence_delta": delta,
-            "relative_convergence_delta": np.abs(delta) / size,
-        }
+            return result, {}
+        total = question.sums(result)
+        delta = np.concatenate(gaps).reshape(question.feeds.count, -1).mean(axis=1)
+        return result, gap(total, total - delta)
 
     def _complete(self, question: Question) -> bool:
         """Whether every way from the inputs to what is explained leads through one source."""

@@ -74,19 +74,19 @@ class FullGrad(Attribution):
         """
         return self._call(locals())
 
-    def _attribute(self, question: Question, interpolate_mode: str | None, normalize: bool) -> Any:
-        *maps, _, _ = self._parts(question, interpolate_mode)
+    def _attribute(self, question: Question, *args: Any, **options: Any) -> Any:
+        return self._with_checks(question, **options)[0]
+
+    def _with_checks(
+        self, question: Question, interpolate_mode: str | None, normalize: bool
+    ) -> tuple[Any, dict[str, np.ndarray]]:
+        *maps, parts, output = self._parts(question, interpolate_mode)
         seen = [self._image(question, v) for v in question.wrt]
-        return question.answer(
+        size = np.maximum(np.abs(output), np.finfo(np.float32).tiny)
+        result = question.answer(
             [i.place(unit(m) if normalize else m) for i, m in zip(seen, maps, strict=True)]
         )
-
-    def _checks(
-        self, question: Question, result: Any, interpolate_mode: str | None, normalize: bool
-    ) -> dict[str, np.ndarray]:
-        *_, parts, output = self._parts(question, interpolate_mode)
-        size = np.maximum(np.abs(output), np.finfo(np.float32).tiny)
-        return {"completeness_gap": np.abs(parts - output) / size}
+        return result, {"completeness_gap": np.abs(parts - output) / size}
 
     def _image(self, question: Question, value: ir.Value) -> Image:
         seen = image(value, value, question.feeds.arrays[value.name or ""].shape[1:])

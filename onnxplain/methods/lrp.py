@@ -190,10 +190,11 @@ class LRP(Attribution):
         gaps = self._gaps(question, relevance, output)
         return question.answer(relevance), gaps if question.form == "list" else gaps[0]
 
-    def explain(self, **arguments: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    def _with_checks(
+        self, question: Question, verbose: bool = False
+    ) -> tuple[Any, dict[str, np.ndarray]]:
         """The relevance, and how much of the explained value it misses: biases absorb some."""
-        question, options, _ = self._parse(arguments)
-        *relevance, output = self._run(question, **options)
+        *relevance, output = self._run(question, verbose)
         gap = max(self._gaps(question, relevance, output), key=lambda g: float(np.abs(g).sum()))
         absorbed = np.abs(gap) / np.maximum(np.abs(output), 1e-12)
         return question.answer(relevance), {"convergence_delta": gap, "absorbed": absorbed}

@@ -224,15 +224,14 @@ class SaliencyMap(Attribution):
         if not value.is_graph_input():
             seen = layer_image(self.model, value, question.feeds.arrays)
             where = grid(value, shape, seen.sizes, self.reshape_transform)
-            hint = nearest(self.model, value)
         elif (found := image(value, self._first_wider(value), shape)) is not None:
-            seen, hint = found, ""
+            seen = found
             channels = 1 if found.channels is None else shape[found.channels - 1]
             sizes = tuple(s for s in found.sizes if s is not None)
             where = Grid(found.channels or 1, 0, (channels, *sizes))
-        else:
-            hint = instead(question.feeds)
         if where is None:
+            fed = value.is_graph_input()
+            hint = instead(question.feeds) if fed else nearest(self.model, value)
             raise LayerError(
                 f"'{value.name}' has shape [N, {', '.join(map(str, shape))}], without spatial axes "
                 f"to make a map of; {hint}"

@@ -30,7 +30,14 @@ from onnxplain.graph.edit import (
 from onnxplain.graph.emit import Emitter, dims, is_float, rank
 from onnxplain.graph.grad import backward, check_path
 from onnxplain.methods import target as targets
-from onnxplain.methods.base import HALVES, Attribution, Layers, Question, emit_attribution, flag
+from onnxplain.methods.base import (
+    HALVES,
+    DifferenceAttribution,
+    Layers,
+    Question,
+    emit_attribution,
+    gap,
+)
 from onnxplain.methods.baselines import named_baselines
 from onnxplain.methods.forms import layer_form, neuron_form
 from onnxplain.model import Model, single
@@ -93,7 +100,7 @@ class _Line:
     """The question's sources themselves."""
 
 
-class PathAttribution(Attribution):
+class PathAttribution(DifferenceAttribution):
     """What path methods share: the line, the steps in chunks, the sum over them.
 
     The interpolation, the pass and the weighted sum over the steps are in the graph. A subclass
@@ -453,18 +460,6 @@ class PathAttribution(Attribution):
         starts = named_baselines(self.model, question.feeds, baselines)
         return _total(question, result) - self._ends(question, starts)
 
-    def compute_convergence_delta(
-        self,
-        attributions: Any,
-        start_point: Any,
-        end_point: Arrays,
-        target: Any = None,
-        additional_forward_args: Arrays = None,
-    ) -> np.ndarray:
-        """Sum of attributions minus (output at ``end_point`` - output at ``start_point``), [N]."""
-        question = self._ask(end_point, target, additional_forward_args)
-        return self._delta(question, attributions, start_point)
-
 
 class IntegratedGradients(PathAttribution):
     """Integrated gradients: the gradient, integrated from a baseline to the input.
@@ -483,17 +478,6 @@ class IntegratedGradients(PathAttribution):
     paper = "Sundararajan et al. 2017, arXiv:1703.01365"
     check = "convergence_delta: sum of attributions minus (output at input - output at baseline)"
     line_in = "sources"
-
-    def __init__(
-        self,
-        model: Model,
-        multiply_by_inputs: bool = True,
-        *,
-        of: str | None = None,
-        wrt: Layers | None = None,
-    ) -> None:
-        super().__init__(model, of=of, wrt=wrt)
-        self.multiplies_by_inputs = flag("multiply_by_inputs", multiply_by_inputs)
 
     def has_convergence_delta(self) -> bool:
         """True: the completeness gap."""
@@ -611,7 +595,7 @@ class InternalInfluence(PathAttribution):
     explains = "layer"
 
     def __init__(self, model: Model, layer: Layers) -> None:
-        super().__init__(model, wrt=layer)
+        super().__init__(model, multiply_by_inputs=False, wrt=layer)
 
     def attribute(
         self,
@@ -667,7 +651,6 @@ class LayerConductance(PathAttribution):
     needs = ("gradient", "layer")
     explains = "layer"
     check = IntegratedGradients.check
-    multiplies_by_inputs = True
 
     def __init__(self, model: Model, layer: Layers) -> None:
         super().__init__(model, wrt=layer)
@@ -772,8 +755,7 @@ class NeuronConductance(PathAttribution):
         *,
         wrt: Layers | None = None,
     ) -> None:
-        super().__init__(model, wrt=wrt)
-        self.multiplies_by_inputs = flag("multiply_by_inputs", multiply_by_inputs)
+        super().__init__(model, multiply_by_inputs, wrt=wrt)
         self.layer = layer
         single(model, layer)  # unknown names are refused where they are given
 
@@ -823,13 +805,6 @@ class NeuronConductance(PathAttribution):
         through = op.Mul(slope, mask)
         through.shape = neuron.shape
         return self._products(line, neuron, through, weights)
-
-
-def gap(total: np.ndarray, explained: np.ndarray) -> dict[str, np.ndarray]:
-    """How far attributions miss what they should add up to, absolute and relative, [N] each."""
-    delta = total - explained
-    size = np.maximum(np.abs(explained), np.finfo(np.float32).tiny)
-    return {"convergence_delta": delta, "relative_convergence_delta": np.abs(delta) / size}
 
 
 def _total(question: Question, result: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ from onnxplain.errors import InputError
 from onnxplain.graph.edit import has_rows, new_input, twin
 from onnxplain.graph.emit import Emitter, dims, is_float, rank
 from onnxplain.graph.grad import backward, check_path
-from onnxplain.methods.base import Layers, Question, flag
+from onnxplain.methods.base import Question
 from onnxplain.methods.baselines import distributions
 from onnxplain.methods.forms import layer_form, neuron_form
 from onnxplain.methods.noise import (
@@ -27,7 +27,6 @@ from onnxplain.methods.noise import (
 )
 from onnxplain.methods.path import PathAttribution, _total, _wide, _widen
 from onnxplain.methods.target import target_seeds
-from onnxplain.model import Model
 from onnxplain.run.feeds import Arrays
 
 
@@ -53,17 +52,6 @@ class GradientShap(PathAttribution):
     paper = "Lundberg and Lee 2017, arXiv:1705.07874; Erion et al. 2019, arXiv:1906.10670"
     needs = ("gradient", "random", "baselines")
     check = "standard_error: of the mean over the samples, as a share of its size"
-
-    def __init__(
-        self,
-        model: Model,
-        multiply_by_inputs: bool = True,
-        *,
-        of: str | None = None,
-        wrt: Layers | None = None,
-    ) -> None:
-        super().__init__(model, of=of, wrt=wrt)
-        self.multiplies_by_inputs = flag("multiply_by_inputs", multiply_by_inputs)
 
     def has_convergence_delta(self) -> bool:
         """True: the completeness gap of each sample."""
