@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 import onnxplain as ox
-from bench import networks
-from bench.measure import Disagreement, Report, Times, agree, fresh, interleave, seconds
+from bench import networks, perturbation
+from bench.measure import Disagreement, Report, Times, agree, fresh_result, interleave, seconds
 from bench.methods import LAYERS, ROWS, captum_call, onnxplain_call
 from bench.networks import Skip
 from bench.tasks import captum_ig, onnxplain_ig
@@ -46,12 +46,21 @@ class Scale:
     rows: int = 10_000
     memory_limit: int = 512 * 10**6
     exporter: str = "torchscript"
+    perturb_rounds: int = 3
+    masks: int = 2000
+    coalitions: int = 1000
+    many: int = 100_000
+    evaluation_batches: tuple[int, ...] = (4, 8, 16, 32)
+    captum_batches: tuple[int, ...] = (1, 4, 16, 64, 256)
+    tool_batches: tuple[int, ...] = (10, 100)
+    quick: bool = False
 
 
 QUICK = Scale(
     rounds=1, long_rounds=1, size=64, batches=(1, 2), n_steps=4, ig_images=(1, 2),
     internal_batch_sizes=(2, 4), processes=1, rows=300, method_steps=3, method_batches=(6,),
-    noise_batches=(2,), growth=(3,),
+    noise_batches=(2,), growth=(3,), perturb_rounds=1, masks=20, coalitions=20, many=2000,
+    evaluation_batches=(8,), captum_batches=(4,), tool_batches=(10,), quick=True,
 )  # fmt: skip
 
 
@@ -96,7 +105,7 @@ def both_passes(name: str, batch: int, report: Report, scale: Scale) -> None:
     for what, target in (("forward", None), ("gradient", "ratio < 1")):
         report.figure(
             f"{prefix}/{what}",
-            **_milliseconds(times, what, f"torch {what}"),
+            **times.milliseconds(what, f"torch {what}"),
             baseline="PyTorch eager, 2 threads",
             target=target,
             relative_error=errors[what],
@@ -106,24 +115,12 @@ def both_passes(name: str, batch: int, report: Report, scale: Scale) -> None:
     )
 
 
-def _milliseconds(times: Times, name: str, baseline: str) -> dict[str, Any]:
-    """The fields of a figure that compares two contenders of one measurement."""
-    return {
-        "value": times.median(name) * 1e3,
-        "unit": "ms",
-        "min": times.minimum(name) * 1e3,
-        "ratio": times.ratio(name, baseline),
-        "baseline_value": times.median(baseline) * 1e3,
-        "baseline_min": times.minimum(baseline) * 1e3,
-    }
-
-
 def _gradient_over_forward(report: Report, prefix: str, times: Times, target: str | None) -> None:
     """Against the faster of the two forward passes: our own, and bare onnxruntime's."""
     faster = min("forward", "bare forward", key=lambda name: times.median(name))
     report.figure(
         f"{prefix}/gradient-over-forward",
-        **_milliseconds(times, "gradient", faster),
+        **times.milliseconds("gradient", faster),
         baseline="onnxruntime alone" if faster == "bare forward" else "onnxplain's forward pass",
         target=target,
         ratio_to_own_forward=times.ratio("gradient", "forward"),
@@ -181,7 +178,7 @@ def _small_model(
         scale.rounds,
     )
     for what in ("forward", "gradient"):
-        fields = _milliseconds(times, what, f"bare {what}")
+        fields = times.milliseconds(what, f"bare {what}")
         report.figure(
             f"{name}/{what}",
             **fields,
@@ -194,7 +191,7 @@ def _small_model(
     ):
         report.figure(
             f"{name}/{figure}",
-            **_milliseconds(times, f"{prefix}gradient", f"{prefix}forward"),
+            **times.milliseconds(f"{prefix}gradient", f"{prefix}forward"),
             baseline=baseline,
             target=None if limit is None else f"ratio <= {limit:g}",
         )
@@ -239,7 +236,7 @@ def integrated_gradients(images: int, report: Report, scale: Scale) -> None:
         baseline = f"{tool}, internal_batch_size={sizes[tool]}"
         report.figure(
             f"{prefix}/time/{tool}",
-            **_milliseconds(times, "onnxplain", tool),
+            **times.milliseconds("onnxplain", tool),
             baseline=baseline,
             target="ratio <= 0.6667" if tool == "captum" else None,
             speedup=1 / times.ratio("onnxplain", tool),
@@ -261,19 +258,10 @@ def integrated_gradients(images: int, report: Report, scale: Scale) -> None:
 def _ig_memory(
     tool: str, file: Path, x: np.ndarray, internal_batch_size: int | None, scale: Scale
 ) -> tuple[dict[str, float], np.ndarray]:
-    return _fresh(
+    return fresh_result(
         "integrated_gradients", x, tool=tool, file=str(file), target=TARGET,
         n_steps=scale.n_steps, internal_batch_size=internal_batch_size,
     )  # fmt: skip
-
-
-def _fresh(task: str, x: np.ndarray, **options: Any) -> tuple[dict[str, Any], np.ndarray]:
-    """Run a task in a process of its own; what it reports, and the array that it computed."""
-    with tempfile.TemporaryDirectory() as folder:
-        given, result = Path(folder) / "x.npy", Path(folder) / "result.npy"
-        np.save(given, x)
-        reported = fresh(task, x=str(given), result=str(result), **options)
-        return reported, np.load(result)
 
 
 def method(name: str, network: str, report: Report, scale: Scale) -> None:
@@ -314,7 +302,7 @@ def method(name: str, network: str, report: Report, scale: Scale) -> None:
     times = interleave(contenders, scale.long_rounds)
     report.figure(
         prefix,
-        **_milliseconds(times, "onnxplain", "captum"),
+        **times.milliseconds("onnxplain", "captum"),
         baseline="captum" + (f", {row.batch}={best}" if row.batch else ""),
         target="speedup >= 1.5",
         speedup=1 / times.ratio("onnxplain", "captum"),
@@ -345,7 +333,7 @@ def growth(name: str, report: Report, scale: Scale) -> None:
     for count in scale.growth:
         peaks = {}
         for tool, file in (("onnxplain", onnx_file), ("captum", torch_file)):
-            reported, _ = _fresh(
+            reported, _ = fresh_result(
                 "method_memory", x, tool=tool, file=str(file), row=name, count=count,
                 memory_limit=scale.growth_limit,
             )  # fmt: skip
@@ -369,7 +357,7 @@ def first_gradient(report: Report, scale: Scale) -> None:
     want = ox.Saliency(networks.model(onnx_file)).attribute(x, target=TARGET, abs=False)
     spent = []
     for _ in range(scale.processes):
-        reported, gradient = _fresh("first_gradient", x, file=str(onnx_file), target=TARGET)
+        reported, gradient = fresh_result("first_gradient", x, file=str(onnx_file), target=TARGET)
         agree("first-gradient", gradient, want)
         spent.append(reported)
     for name, target, parts in (
@@ -384,7 +372,7 @@ def many_digits(method: str, report: Report, scale: Scale) -> None:
     """Many rows under a memory limit that bounds the whole process."""
     name = f"digits/{method}"
     x = networks.digits(scale.rows)
-    reported, attributions = _fresh(
+    reported, attributions = fresh_result(
         "explain_many", x, method=method, file=str(networks.DIGITS), target=TARGET,
         memory_limit=scale.memory_limit,
     )  # fmt: skip
@@ -436,4 +424,5 @@ def units(scale: Scale) -> dict[str, Callable[[Report, Scale], None]]:
         "first-gradient": first_gradient,
         **{f"digits/{m}": partial(many_digits, m) for m in ("Saliency", "IntegratedGradients")},
         "overhead": overhead,
+        **perturbation.units(scale),
     }

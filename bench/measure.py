@@ -8,6 +8,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAUSE = 0.05
 # A sample repeats short calls until it takes at least this many seconds.
 SAMPLE = 0.1
+# A call that takes longer needs no untimed one before it.
+LONG = 1.0
 
 
 class Disagreement(AssertionError):
@@ -107,34 +110,45 @@ class Times:
         pairs = zip(self._samples[name], self._samples[baseline], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
-    def milliseconds(self, name: str) -> dict[str, float]:
-        """Value (the median), minimum and unit, as fields of a figure."""
-        return {"value": self.median(name) * 1e3, "min": self.minimum(name) * 1e3}
+    def milliseconds(self, name: str, baseline: str) -> dict[str, Any]:
+        """The fields of a figure that compares two contenders."""
+        return {
+            "value": self.median(name) * 1e3,
+            "unit": "ms",
+            "min": self.minimum(name) * 1e3,
+            "ratio": self.ratio(name, baseline),
+            "baseline_value": self.median(baseline) * 1e3,
+            "baseline_min": self.minimum(baseline) * 1e3,
+        }
 
 
 def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int) -> Times:
     """Time all contenders in turn, `rounds` times, in alternating order (A B, B A, ...).
 
-    Each sample is preceded by a pause and an untimed call, and averages calls over `SAMPLE`.
+    Each sample is preceded by a pause and, of short calls, an untimed one; it averages calls over
+    `SAMPLE`.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     calls = {name: _calls(call) for name, call in contenders.items()}
     for i in range(rounds):
         for name in list(contenders)[:: -1 if i % 2 else 1]:
-            call = contenders[name]
+            call, (count, warm) = contenders[name], calls[name]
             time.sleep(PAUSE)
-            call()
-            start = time.perf_counter()
-            for _ in range(calls[name]):
+            if warm:
                 call()
-            samples[name].append((time.perf_counter() - start) / calls[name])
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            samples[name].append((time.perf_counter() - start) / count)
     return Times(samples)
 
 
-def _calls(call: Callable[[], object]) -> int:
-    """How many calls make a sample; warms the contender up."""
-    call()
-    return max(1, math.ceil(SAMPLE / seconds(call)))
+def _calls(call: Callable[[], object]) -> tuple[int, bool]:
+    """How many calls make a sample, and whether one goes before it; warms the contender up."""
+    spent = seconds(call)
+    if spent < LONG:
+        spent = seconds(call)
+    return max(1, math.ceil(SAMPLE / spent)), spent < LONG
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -196,3 +210,12 @@ def fresh(task: str, **options: Any) -> dict[str, Any]:
         raise RuntimeError(f"{task} failed: {(done.stderr.splitlines() or ['?'])[-1]}")
     reported: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return reported
+
+
+def fresh_result(task: str, x: np.ndarray, **options: Any) -> tuple[dict[str, Any], np.ndarray]:
+    """Run a task in a process of its own; what it reports, and the array that it computed."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, result = Path(folder) / "x.npy", Path(folder) / "result.npy"
+        np.save(given, x)
+        reported = fresh(task, x=str(given), result=str(result), **options)
+        return reported, np.load(result)

@@ -37,7 +37,7 @@ def require(*modules: str) -> None:
     """Skip what needs a package that is not installed."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        raise Skip(f"needs {', '.join(missing)}: pip install 'onnxplain[oracle]' onnx2torch")
+        raise Skip(f"needs {', '.join(missing)}: see bench/README.md")
 
 
 @functools.cache
@@ -51,17 +51,19 @@ def folder() -> Path:
     return path
 
 
-def network(name: str, size: int, exporter: str = "torchscript") -> tuple[Path, Path]:
+def network(
+    name: str, size: int, exporter: str = "torchscript", classes: int = CLASSES
+) -> tuple[Path, Path]:
     """The network's ONNX file and its pickled torch module (made on first use)."""
     require("torch", "timm", "torchvision")
     import torch
 
     from tests.oracle import nets
 
-    onnx_file = folder() / f"{name}_{size}_{exporter}.onnx"
+    onnx_file = folder() / f"{name}_{size}_{classes}_{exporter}.onnx"
     torch_file = onnx_file.with_suffix(".pt")
     if not (onnx_file.exists() and torch_file.exists()):
-        module = nets.build(name, size=size, classes=CLASSES)
+        module = nets.build(name, size=size, classes=classes)
         part = onnx_file.with_suffix(".part")
         torch.save(module, torch_file)
         nets.export(module, nets.example(name, size=size), part, exporter)  # type: ignore[arg-type]

@@ -1,9 +1,12 @@
 """onnxplain explains any model that exports to ONNX, on onnxruntime."""
 
 from onnxplain import _version
+from onnxplain.blackbox import BlackBox
 from onnxplain.errors import (
+    EvaluationError,
     ExternalDataError,
     FileFormatError,
+    IncompleteWarning,
     InputError,
     LayerError,
     ModelError,
@@ -27,10 +30,13 @@ from onnxplain.rules import lrp
 __version__ = _version.VERSION
 
 __all__ = [
+    "BlackBox",
     "Display",
+    "EvaluationError",
     "Explanation",
     "ExternalDataError",
     "FileFormatError",
+    "IncompleteWarning",
     "InputError",
     "LayerError",
     "Model",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class OnnxplainError(Exception):
     """Base of every error that onnxplain raises on purpose."""
@@ -49,6 +51,25 @@ class RuntimeMissingError(OnnxplainError, ImportError):
 
 class OutOfMemoryError(OnnxplainError, MemoryError):
     """Even one example does not fit the memory allowed."""
+
+
+class EvaluationError(OnnxplainError, RuntimeError):
+    """The explained function failed part-way: it raised, or gave NaN or a wrong shape.
+
+    Attributes:
+        partial: the attributions of what was computed until then, in the user's form; None where
+            there are none.
+        samples: how many samples these are of.
+    """
+
+    def __init__(self, message: str, *, partial: Any = None, samples: int = 0) -> None:
+        super().__init__(message)
+        self.partial = partial
+        self.samples = samples
+
+
+class IncompleteWarning(UserWarning):
+    """The computation was interrupted: the attributions are those of the samples until then."""
 
 
 class FileFormatError(InputError):

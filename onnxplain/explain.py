@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,14 +11,16 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxplain._version import VERSION
+from onnxplain.blackbox import BlackBox
 from onnxplain.errors import InputError, OnnxplainError
 from onnxplain.graph.emit import is_float
 from onnxplain.graph.grad import check_path
 from onnxplain.methods import MethodInfo, chosen
-from onnxplain.methods.base import Attribution
+from onnxplain.methods.base import Answer, Attribution
 from onnxplain.methods.baselines import named_baselines
 from onnxplain.methods.target import target_indices
 from onnxplain.model import Model, single
+from onnxplain.perturb.maskers import Background
 from onnxplain.result import Display, Explanation
 from onnxplain.run.feeds import Arrays, Feeds, in_form
 from onnxplain.run.session import runtime
@@ -28,12 +31,16 @@ POOR_DELTA = 0.05
 POOR_STANDARD_ERROR = 0.5
 # Above this share, what a map leaves out may be what matters.
 POOR_COMPLETENESS = 0.5
+# Above this share of the scores' variance unexplained, a surrogate is of another model.
+POOR_FIT = 0.5
 # Up to this share, no more steps are taken.
 GOOD_DELTA = 0.01
+# Options of more elements are on record by their shape and digest.
+_LONG_OPTION = 256
 
 
 def explain(
-    model: Model,
+    model: Model | BlackBox,
     inputs: Arrays,
     method: str = "integrated-gradients",
     target: Any = "predicted",
@@ -52,15 +59,16 @@ def explain(
     """Explain predictions.
 
     Args:
-        model: the model.
-        inputs: [N, ...] arrays (one, a tuple in model order, or a dict by name). Integer inputs
-            (token ids) are explained through their embedding layer, summed over its last axis.
+        model: the model, or a function as :class:`BlackBox`.
+        inputs: [N, ...] arrays (one, a tuple in model order, or a dict by name). To methods that
+            take gradients, integer inputs (token ids) are explained through their embedding layer,
+            summed over its last axis; to others, as they are.
         method: a name from ``ox.methods()``.
         target: int, tuple, one per example, a label, "predicted" (the class with the highest
             score), or None for one value per example.
         layer: explain by this layer instead of the inputs; with ``neuron``, of this layer.
         neuron: explain this neuron of ``layer`` instead of the output.
-        baselines: for methods that have one.
+        baselines: for methods that have one: a number, arrays, or the name of a masker ("blur").
         additional_forward_args: the remaining inputs, fed and not attributed.
         seed: for random methods.
         labels: class names.
@@ -73,21 +81,23 @@ def explain(
     Raises:
         InputError and the errors of the method.
     """
-    if not isinstance(model, Model):
+    if not isinstance(model, Model | BlackBox):
         raise InputError(
-            f"model is {type(model).__name__}, not an onnxplain.Model; wrap it: ox.Model(path)"
+            f"model is {type(model).__name__}, not an onnxplain.Model; wrap it: ox.Model(path), "
+            "or ox.BlackBox(function)"
         )
     options = {**(method_options or {}), **options}
     info = chosen(method, options)
+    info.cls._check_model(model)
     _check_options(info, options, baselines)
     feeds = model.feeds(inputs, additional_forward_args)
     if not feeds.count or not feeds.explained:
         raise InputError(f"there is no {'input' if feeds.count else 'example'} to explain")
     labels = labels if labels is not None else model.labels
-    prediction = model.run(model.forward([model.output.name or ""]), feeds)[model.output.name or ""]
+    prediction = _prediction(model, feeds)
 
     by_inputs = _by_inputs(info, layer, neuron)
-    embedded = _embeddings(model, feeds) if by_inputs else {}
+    embedded = _embeddings(model, feeds) if by_inputs and "gradient" in info.needs else {}
     made = _make(info, model, layer, neuron, feeds, embedded, options)
     call = {k: v for k, v in options.items() if k not in info.made_with}
     index = None
@@ -102,16 +112,19 @@ def explain(
     if "random" in info.needs:
         call["seed"] = seed
     asked = {"inputs": inputs, "additional_forward_args": additional_forward_args, **call}
-    result, checks, taken = _answered(made, asked, _steps(info, options, model), feeds)
+    answer, taken = _answered(made, asked, _steps(info, options, model), feeds)
     used = layer if layer is not None else getattr(made, "layer", None)
     over = made.laid_over(feeds)
+    errors: dict[str, np.ndarray] = {}
     if by_inputs and over is None:
-        arrays, form = _by_input(result, feeds, embedded), feeds.form
-        arrays = {k: np.moveaxis(v, model.axes[k] or 0, 0) for k, v in arrays.items()}
+        arrays, form = _by_input(answer.result, feeds, embedded, model.axes), feeds.form
+        if answer.standard_errors is not None:
+            errors = _by_input(answer.standard_errors, feeds, {}, model.axes)
     else:
-        parts = _parts(result)
-        names = over or [used or made.wrt[0]] * len(parts)
-        arrays, form = _by_name(parts, names)
+        names = over or [used or made.wrt[0]]
+        arrays, form = _by_name(answer.result, names)
+        if answer.standard_errors is not None:
+            errors, _ = _by_name(answer.standard_errors, names)
     given = {"neuron": neuron} if neuron is not None else {}
     given |= {"seed": seed} if "random" in info.needs else {}
     record = {"baselines": _described(baselines)} if info.takes_baselines else {}
@@ -124,13 +137,22 @@ def explain(
         target=index,
         labels=labels,
         layer=used,
-        options={**info.options, **options, **taken, **given},
-        checks=checks,
+        options={k: _recorded(v) for k, v in {**info.options, **options, **taken, **given}.items()},
+        checks=answer.checks,
+        standard_errors=errors,
         provenance={**_provenance(model), **record, **(provenance or {})},
         display=display,
     )
     _warn_when_poor(explanation, info, model)
     return explanation
+
+
+def _prediction(model: Model | BlackBox, feeds: Feeds) -> np.ndarray:
+    """The explained output, [N, ...], or [] where there is one number for all."""
+    if isinstance(model, BlackBox):
+        return model.evaluate(feeds.arrays)
+    name = model.output.name or ""
+    return model.run(model.forward([name]), feeds)[name]
 
 
 def explainable_inputs(model: Model, of: str | None = None) -> tuple[str, ...]:
@@ -153,12 +175,26 @@ def explainable_inputs(model: Model, of: str | None = None) -> tuple[str, ...]:
 
 def _described(baselines: Any) -> str:
     """Baselines in a few words; arrays by their shape."""
+    if isinstance(baselines, Background):
+        return f"mean over rows: {_described(baselines.rows)}"
     if isinstance(baselines, Mapping):
         return ", ".join(f"{name}: {_described(b)}" for name, b in baselines.items())
     if isinstance(baselines, tuple):
         return ", ".join(map(_described, baselines))
     shape = list(np.shape(baselines))
     return f"array {shape}" if shape else "zeros" if baselines is None else str(baselines)
+
+
+def _recorded(option: Any) -> Any:
+    """An option as it is put on record: long arrays by what tells whether another is the same."""
+    if isinstance(option, Mapping):
+        return {k: _recorded(v) for k, v in option.items()}
+    if isinstance(option, tuple):
+        return tuple(map(_recorded, option))
+    if not isinstance(option, np.ndarray) or option.size <= _LONG_OPTION:
+        return option
+    digest = hashlib.sha256(np.ascontiguousarray(option).tobytes()).hexdigest()
+    return f"{option.dtype} {list(option.shape)}, sha256 {digest}"
 
 
 def _check_options(info: MethodInfo, options: Mapping[str, Any], baselines: Any) -> None:
@@ -170,8 +206,9 @@ def _check_options(info: MethodInfo, options: Mapping[str, Any], baselines: Any)
         raise InputError(f"method '{info.name}' has no baseline")
 
 
-def _embeddings(model: Model, feeds: Feeds) -> dict[str, str]:
+def _embeddings(model: Model | BlackBox, feeds: Feeds) -> dict[str, str]:
     """The embedding layer of each explained input that is no floating-point array."""
+    assert isinstance(model, Model)  # methods that take gradients refuse the rest
     found = {}
     for value in model.graph.graph.inputs:
         name = value.name or ""
@@ -180,7 +217,8 @@ def _embeddings(model: Model, feeds: Feeds) -> dict[str, str]:
             if layer is None:
                 raise InputError(
                     f"input '{name}' holds integers and feeds no embedding, so no gradient reaches "
-                    "it; name a layer (layer=), or pass it in additional_forward_args"
+                    "it; name a layer (layer=), pass it in additional_forward_args, or use a "
+                    "method without gradients, such as feature-ablation or kernel-shap"
                 )
             found[name] = layer
     return found
@@ -195,7 +233,7 @@ def _by_inputs(info: MethodInfo, layer: str | None, neuron: Any) -> bool:
 
 def _make(
     info: MethodInfo,
-    model: Model,
+    model: Any,
     layer: str | None,
     neuron: Any,
     feeds: Feeds,
@@ -257,24 +295,29 @@ def _as_target(index: np.ndarray | None) -> Any:
     return index if index.ndim == 1 else [tuple(row) for row in index.tolist()]
 
 
-def _by_input(result: Any, feeds: Feeds, embedded: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Attributions by input name; those of embeddings summed over their last axis."""
-    if isinstance(result, Mapping):
-        return dict(result)
-    named = dict(zip(feeds.explained, _parts(result), strict=True))
-    return {k: v.sum(axis=-1) if k in embedded else v for k, v in named.items()}
+def _by_input(
+    result: Any, feeds: Feeds, embedded: Mapping[str, str], axes: Mapping[str, int | None]
+) -> dict[str, np.ndarray]:
+    """Attributions by input name, examples first; of embeddings summed over their last axis."""
+    named = result
+    if not isinstance(result, Mapping):
+        named = dict(zip(feeds.explained, _parts(result), strict=True))
+        named = {k: v.sum(axis=-1) if k in embedded else v for k, v in named.items()}
+    return {k: np.moveaxis(v, axes[k] or 0, 0) for k, v in named.items()}
 
 
-def _by_name(
-    parts: Sequence[np.ndarray], names: Sequence[str]
-) -> tuple[dict[str, np.ndarray], str]:
+def _by_name(result: Any, names: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
     """Attributions by the name of a layer, or of what they are laid over, and their form."""
+    parts = _parts(result)
+    names = list(names) if len(names) == len(parts) else [names[0]] * len(parts)
     if len(parts) == 1:
         return {names[0]: parts[0]}, "array"
     return {f"{n}.{i}": p for i, (n, p) in enumerate(zip(names, parts, strict=True))}, "tuple"
 
 
-def _steps(info: MethodInfo, options: Mapping[str, Any], model: Model) -> tuple[int | None, ...]:
+def _steps(
+    info: MethodInfo, options: Mapping[str, Any], model: Model | BlackBox
+) -> tuple[int | None, ...]:
     """The numbers of steps to try: the user's, or more and more while the gap is not small.
 
     None leaves it to the method.
@@ -287,32 +330,32 @@ def _steps(info: MethodInfo, options: Mapping[str, Any], model: Model) -> tuple[
 
 def _answered(
     made: Attribution, asked: Mapping[str, Any], steps: Sequence[int | None], feeds: Feeds
-) -> tuple[Any, dict[str, np.ndarray], dict[str, int]]:
-    """Result, checks, and the number of steps taken: more of them for the examples that need it.
+) -> tuple[Answer, dict[str, int]]:
+    """The answer, and the number of steps taken: more of them for the examples that need it.
 
     Each example alone decides about its steps, so it gets the same numbers in any batch.
     """
     first, *more = steps
     taken = {} if first is None else {"n_steps": first}
-    result, checks = made.explain(**asked, **taken)
+    answer = made.answer(**asked, **taken)
     for n_steps in more:
-        gap = checks.get("relative_convergence_delta", np.zeros(0))
+        gap = answer.checks.get("relative_convergence_delta", np.zeros(0))
         poor = np.flatnonzero(gap > GOOD_DELTA)
         if not poor.size:
             break
         assert n_steps is not None
         taken = {"n_steps": n_steps}
-        parts = _parts(result)
+        parts = _parts(answer.result)
         if any(made.model.axes.values()) or any(len(a) != feeds.count for a in parts):
             # Examples lie elsewhere than on the first axis: all are asked again.
-            result, checks = made.explain(**asked, **taken)
+            answer = made.answer(**asked, **taken)
             continue
-        again, figures = made.explain(**_some(asked, poor, made.model, feeds), **taken)
-        for array, rows in zip(parts, _parts(again), strict=True):
+        again = made.answer(**_some(asked, poor, made.model, feeds), **taken)
+        for array, rows in zip(parts, _parts(again.result), strict=True):
             array[poor] = rows
-        for name, rows in figures.items():
-            checks[name][poor] = rows
-    return result, checks, taken
+        for name, rows in again.checks.items():
+            answer.checks[name][poor] = rows
+    return answer, taken
 
 
 def _parts(result: Any) -> list[np.ndarray]:
@@ -345,13 +388,15 @@ def _some(
     return {**asked, **some}
 
 
-def _rounds(model: Model) -> bool:
+def _rounds(model: Model | BlackBox) -> bool:
     """Whether the model is quantized: through rounding no number of steps closes the gap."""
+    if isinstance(model, BlackBox):
+        return False
     operators = {node.op_type for node in model.graph.graph}
     return any("QuantizeLinear" in name or "QLinear" in name for name in operators)
 
 
-def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model) -> None:
+def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model | BlackBox) -> None:
     """Say which examples have attributions that don't add up, or hardly agree between samples."""
     rows = [a.reshape(len(a), -1) for a in explanation.arrays.values() if a.size]
     finite = [np.isfinite(a).all(axis=1) for a in rows]
@@ -378,6 +423,11 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model) ->
             "are made of parts that miss the output by up to",
             "the model is not piecewise linear there: compare with another method",
         ),
+        "unexplained": (
+            POOR_FIT,
+            "are those of a surrogate that leaves unexplained, of what the scores vary by, up to",
+            "take more samples (n_samples), or features that interact less (feature_mask)",
+        ),
         "lost": (
             POOR_COMPLETENESS,
             "leave out a share of the probability of up to",
@@ -387,6 +437,8 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model) ->
     figures = dict(explanation.checks)
     if "probability" in figures:
         figures["lost"] = 1 - figures["probability"]
+    if "fit" in figures:
+        figures["unexplained"] = 1 - figures["fit"]
     alike = len({len(a) for a in rows}) == 1  # else some count something else than examples
     if alike and (zero := np.flatnonzero(~np.any([a.any(axis=1) for a in rows], axis=0)).tolist()):
         warnings.warn(
@@ -413,7 +465,9 @@ def _listed(examples: list[int], explanation: Explanation) -> str:
     return f"{len(examples)} example(s) (index {', '.join(words)}{', ...' * (len(examples) > 10)})"
 
 
-def _provenance(model: Model) -> dict[str, str]:
+def _provenance(model: Model | BlackBox) -> dict[str, str]:
+    if isinstance(model, BlackBox):
+        return {"model": repr(model), "onnxplain": VERSION}
     session = model.forward([model.output.name or ""]).session
     return {
         "model": model.path or "",

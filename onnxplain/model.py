@@ -211,12 +211,18 @@ class Model:
         """Check and name what the model is fed (see :func:`check_inputs`)."""
         return check_inputs(self.graph.graph.inputs, self.axes, inputs, additional)
 
-    def program(self, key: Hashable, build: Callable[[], ir.Model]) -> Program:
-        """The compiled program for a key; built once."""
+    def program(
+        self, key: Hashable, build: Callable[[], ir.Model], batch: int | None = -1
+    ) -> Program:
+        """The compiled program for a key; built once.
+
+        ``batch``: how many rows a run must have; None: any number; default as the model.
+        """
         if key in self._programs:
             self._programs.move_to_end(key)
         else:
-            self._programs[key] = Program(build(), self.settings, self.fixed_batch)
+            rows = self.fixed_batch if batch == -1 else batch
+            self._programs[key] = Program(build(), self.settings, rows)
             if len(self._programs) > _KEPT_PROGRAMS:
                 self._programs.popitem(last=False)
         return self._programs[key]

@@ -25,7 +25,7 @@ Form = Literal["array", "tuple", "dict"]
 Kind = Literal["image", "table", "text", "series", "array"]
 Layout = Literal["NCHW", "NHWC", "NCL", "NLC"]
 
-_FORMAT, _VERSION = "onnxplain-explanation", 1
+_FORMAT, _VERSION = "onnxplain-explanation", 2  # 2: standard errors
 _FIGURE_SUFFIXES = (".png", ".svg", ".pdf", ".html")
 
 
@@ -79,6 +79,7 @@ class Explanation:
     layer: the layer that was explained, None for the inputs.
     options: the method's options, JSON-able.
     checks: by name, one row per example (or per example and sample).
+    standard_errors: of attributions that are estimates, by their names and of their shapes.
     provenance: model path, digest, versions, providers, baselines; what the caller added.
     display: how to show the inputs; None: by their shape.
 
@@ -97,6 +98,7 @@ class Explanation:
     checks: dict[str, np.ndarray] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
     display: Display | None = None
+    standard_errors: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.options = _plain(self.options)
@@ -112,6 +114,12 @@ class Explanation:
                 raise InputError(
                     f"attributions of {name!r} have shape {list(array.shape)} for {len(self)}"
                     f" examples: their first axis must be {len(self)} or 1"
+                )
+        for name, array in self.standard_errors.items():
+            if name not in self.arrays or array.shape != self.arrays[name].shape:
+                raise InputError(
+                    f"standard errors of {name!r} have shape {list(array.shape)}, and there are no"
+                    " attributions of that name and shape"
                 )
         if self.target is not None:
             index = self.target if self.target.ndim == 2 else self.target[..., None]
@@ -182,7 +190,14 @@ class Explanation:
 
     def row(self, name: str, example: int = 0) -> np.ndarray:
         """One example's attributions, without the examples axis."""
-        array = self.arrays[name]
+        return self._row(self.arrays[name], example)
+
+    def error_row(self, name: str, example: int = 0) -> np.ndarray | None:
+        """One example's standard errors, as `row`; None where the attributions are no estimates."""
+        found = self.standard_errors.get(name)
+        return None if found is None else self._row(found, example)
+
+    def _row(self, array: np.ndarray, example: int) -> np.ndarray:
         return np.asarray(array[example if array.shape[0] == len(self) else 0])
 
     def check_row(self, name: str, example: int = 0) -> np.ndarray:
@@ -195,7 +210,8 @@ class Explanation:
         """What was found, as a JSON-able dict without the full arrays.
 
         For each example: target, label and explained value, the `top` highest predictions, the
-        checks, and per array the `top` largest attributions by absolute value and the sum of all.
+        checks, and per array the `top` largest attributions by absolute value, with their standard
+        errors where they are estimates, and the sum of all.
         Non-finite numbers are the strings "nan", "inf", "-inf".
         """
         found: dict[str, Any] = _plain(
@@ -222,17 +238,17 @@ class Explanation:
                 for i, value in self.top(example, top)
             ],
             "checks": {name: _one_or_all(self.check_row(name, example)) for name in self.checks},
-            "attributions": {
-                name: {
-                    "sum": self.row(name, example).sum(dtype=np.float64),
-                    "top": [
-                        {"index": _one_or_all(i), "value": self.row(name, example)[i]}
-                        for i in strongest(self.row(name, example), top)
-                    ],
-                }
-                for name in self.arrays
-            },
+            "attributions": {name: self._ranking(name, example, top) for name in self.arrays},
         }
+
+    def _ranking(self, name: str, example: int, top: int) -> dict[str, Any]:
+        row, errors = self.row(name, example), self.error_row(name, example)
+        found = [
+            {"index": _one_or_all(i), "value": row[i]}
+            | ({} if errors is None else {"standard_error": errors[i]})
+            for i in strongest(row, top)
+        ]
+        return {"sum": row.sum(dtype=np.float64), "top": found}
 
     def to_json(self, top: int = 5, indent: int | None = 2) -> str:
         """`summary` as JSON text."""
@@ -299,7 +315,7 @@ class Explanation:
         }
 
 
-_GROUPS = ("inputs", "arrays", "checks")
+_GROUPS = ("inputs", "arrays", "checks", "standard_errors")
 _ARRAYS: dict[type, tuple[str, ...]] = {
     Explanation: ("prediction", "target"),
     Display: ("images", "values"),

@@ -15,11 +15,15 @@ ALLOWED = {
     "rules": ("errors", "graph.emit", "rules"),
     "run": ("errors", "graph", "run"),
     "model": ("errors", "graph", "rules", "run"),
-    "methods": ("errors", "graph", "rules", "run", "model", "methods", "kernels"),
+    "blackbox": ("errors", "graph", "run"),
+    "perturb": ("errors", "blackbox", "graph", "kernels", "model", "perturb", "run"),
+    "methods": (
+        *("blackbox", "errors", "graph", "kernels", "methods", "model", "perturb", "rules", "run"),
+    ),
     "result": ("errors", "view"),
     "view": ("errors", "result", "view"),
-    "inputs": ("errors", "inputs", "result", "run.feeds"),
-    "explain": ("errors", "_version", "graph", "methods", "model", "result", "run"),
+    "inputs": ("errors", "inputs", "perturb.maskers", "result", "run.feeds"),
+    "explain": ("errors", "_version", "blackbox", "graph", "methods", "model", "result", "run"),
 }
 
 

@@ -245,7 +245,7 @@ def test_foreign_files_are_refused_and_never_executed(
 def test_a_newer_format_asks_for_an_upgrade(tmp_path: Path) -> None:
     path = tmp_path / "why.npz"
     explanation().save(path)
-    metadata(path, version=2)
+    metadata(path, version=3)
     with pytest.raises(FileFormatError, match="upgrade"):
         load_explanation(path)
 

@@ -230,6 +230,27 @@ def affine_frontier(
 _LAYOUT = {"Reshape": (1,), "Expand": (1,), "Tile": (1,), "ConstantOfShape": (0,)}
 
 
+def row_values(graph: ir.Graph) -> tuple[set[ir.Value], set[ir.Value]]:
+    """Values that depend on the examples, and those that depend on how many there are.
+
+    The latter in what they hold, not only in their layout: shape arithmetic, row numbers.
+    """
+    inputs = {v for v in graph.inputs if BATCH in dims(v)}
+    dependent = inputs | {v for n in downstream(graph, inputs) for v in n.outputs}
+    found: set[ir.Value] = set()
+    for node in graph:
+        if node.op_type in ("Shape", "Size") and not node.domain:
+            counts = node.inputs[0] in dependent
+        else:
+            layout = _LAYOUT.get(node.op_type, ()) if not node.domain else ()
+            ignored = {node.inputs[i] for i in layout if i < len(node.inputs)}
+            content = {v for i, v in enumerate(node.inputs) if i not in layout}
+            counts = any(v in found for v in reads(node) if v in content or v not in ignored)
+        if counts:
+            found.update(node.outputs)
+    return dependent, found
+
+
 class Rows:
     """A copy of the part of a graph behind some values that runs with several rows an example.
 
@@ -246,29 +267,12 @@ class Rows:
         graph = op.graph
         needed = set(upstream(graph, of, stop=fed.keys()))
         behind = [n for n in downstream(graph, fed) if n in needed]
-        inputs = {v for v in graph.inputs if BATCH in dims(v)}
-        self._row_dependent = inputs | {v for n in downstream(graph, inputs) for v in n.outputs}
-        self._counting = self._values_that_count(graph)
+        self._row_dependent, self._counting = row_values(graph)
         self._copies: dict[ir.Value, ir.Value] = dict(fed)
         for node in behind:
             values = {v: self._lift(v) for v in reads(node)}
             self._copies.update(copy_node(op, node, values))
         self.of = [self._copies[v] for v in of]
-
-    def _values_that_count(self, graph: ir.Graph) -> set[ir.Value]:
-        """Values whose content, not only their layout, depends on how many rows there are."""
-        found: set[ir.Value] = set()
-        for node in graph:
-            if node.op_type in ("Shape", "Size") and not node.domain:
-                counts = node.inputs[0] in self._row_dependent
-            else:
-                layout = _LAYOUT.get(node.op_type, ()) if not node.domain else ()
-                ignored = {node.inputs[i] for i in layout if i < len(node.inputs)}
-                content = {v for i, v in enumerate(node.inputs) if i not in layout}
-                counts = any(v in found for v in reads(node) if v in content or v not in ignored)
-            if counts:
-                found.update(node.outputs)
-        return found
 
     def _lift(self, value: ir.Value) -> ir.Value:
         if value not in self._copies:

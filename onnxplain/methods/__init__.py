@@ -76,6 +76,14 @@ from onnxplain.methods.path import (
     NeuronConductance,
     NeuronIntegratedGradients,
 )
+from onnxplain.methods.perturbation import (
+    FeatureAblation,
+    FeaturePermutation,
+    LayerFeatureAblation,
+    LayerFeaturePermutation,
+    NeuronFeatureAblation,
+    Occlusion,
+)
 from onnxplain.methods.shap import GradientShap, LayerGradientShap, NeuronGradientShap
 
 __all__ = [
@@ -89,6 +97,8 @@ __all__ = [
     "EigenCAM",
     "EigenGradCAM",
     "ExcitationBackprop",
+    "FeatureAblation",
+    "FeaturePermutation",
     "FullGrad",
     "GradCAM",
     "GradCAMMap",
@@ -110,6 +120,8 @@ __all__ = [
     "LayerConductance",
     "LayerDeepLift",
     "LayerDeepLiftShap",
+    "LayerFeatureAblation",
+    "LayerFeaturePermutation",
     "LayerGradCam",
     "LayerGradientShap",
     "LayerGradientXActivation",
@@ -121,11 +133,13 @@ __all__ = [
     "NeuronDeconvolution",
     "NeuronDeepLift",
     "NeuronDeepLiftShap",
+    "NeuronFeatureAblation",
     "NeuronGradient",
     "NeuronGradientShap",
     "NeuronGuidedBackprop",
     "NeuronIntegratedGradients",
     "NoiseTunnel",
+    "Occlusion",
     "Saliency",
     "VanillaBackprop",
     "XGradCAM",
@@ -183,6 +197,12 @@ METHODS: tuple[type[Attribution], ...] = (
     VanillaBackprop,
     GradientTimesImage,
     LayerActivationGuidedBackprop,
+    FeatureAblation,
+    FeaturePermutation,
+    Occlusion,
+    LayerFeatureAblation,
+    LayerFeaturePermutation,
+    NeuronFeatureAblation,
 )
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from onnxplain.blackbox import BlackBox
 from onnxplain.errors import InputError, LayerError, UnsupportedModelError
 from onnxplain.graph.edit import BATCH, has_rows, new_input, prune
 from onnxplain.graph.emit import Emitter, dims, is_float, rank, static_dims
@@ -100,6 +101,21 @@ class Question:
         return total
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a method says: attributions in the user's form, and how far to trust them.
+
+    Attributes:
+        result: as ``attribute`` returns it.
+        checks: figures by name, one per example.
+        standard_errors: of each attribution, in the form of ``result``; None where not known.
+    """
+
+    result: Any
+    checks: dict[str, np.ndarray]
+    standard_errors: Any = None
+
+
 class Attribution:
     """Base of the attribution methods.
 
@@ -123,11 +139,7 @@ class Attribution:
     multiplies_by_inputs: bool = False
 
     def __init__(self, model: Model, *, of: str | None = None, wrt: Layers | None = None) -> None:
-        if not isinstance(model, Model):
-            raise InputError(
-                f"a method explains an onnxplain.Model, not {type(model).__name__}; wrap it: "
-                "ox.Model(path)"
-            )
+        self._check_model(model)
         if not model.has_examples:
             raise UnsupportedModelError(
                 "the model was loaded with examples_axis=None, so it has no examples to explain; "
@@ -143,6 +155,20 @@ class Attribution:
         self._of = of
         self._wrt: str | list[str] | None = list(wrt) if isinstance(wrt, list | tuple) else wrt
         self._resolve(False, False)  # unknown names are refused where they are given
+
+    @staticmethod
+    def _check_model(model: Any) -> None:
+        """Refuse what the method can't explain."""
+        if isinstance(model, BlackBox):
+            raise InputError(
+                "a BlackBox is a Python function: only its answers are known, and this method looks "
+                "inside; use a perturbation method (feature-ablation, kernel-shap, lime, ...)"
+            )
+        if not isinstance(model, Model):
+            raise InputError(
+                f"a method explains an onnxplain.Model, not {type(model).__name__}; wrap it: "
+                "ox.Model(path)"
+            )
 
     @property
     def of(self) -> str:
@@ -170,6 +196,10 @@ class Attribution:
         bound.apply_defaults()
         question, options, _ = self._parse(bound.arguments)
         return self._with_checks(question, **options)
+
+    def answer(self, **arguments: Any) -> Answer:
+        """As :meth:`explain`, with the standard errors of sampled attributions."""
+        return Answer(*self.explain(**arguments))
 
     # ---- what a method is made of -------------------------------------------------------------
 
@@ -323,33 +353,28 @@ class Attribution:
         self._check_rows(of, feeds, neurons=self._of is not None)
         at_once = not self._per_example(of)
         shape = self._trailing(of, feeds, at_once)
+        seeds, indices = self._select(of, selector, shape, feeds.count, at_once)
+        sizes = None if groups is None else tuple(len(g) for g in groups)
+        axes = self.model.axes
+        return Question(feeds, of, wrt, shape, seeds, indices, at_once, form, sizes, axes)
+
+    def _select(
+        self, of: ir.Value, selector: Any, shape: tuple[int, ...], count: int, at_once: bool
+    ) -> tuple[targets.Seeds, np.ndarray | None]:
+        """The cotangents that select a target or neuron, and the index of each example's target."""
         assert of.dtype is not None
         dtype = of.dtype.numpy()
-        indices = None
         if self._of is not None:
-            seeds = targets.mask_seeds(targets.neuron_mask(selector, shape, dtype))
-        elif at_once:
+            return targets.mask_seeds(targets.neuron_mask(selector, shape, dtype)), None
+        if at_once:
             if selector is not None or int(np.prod(shape)) != 1:
                 raise InputError(
                     f"output '{of.name}' has no examples axis (shape {list(shape)}); only one "
                     "number for the whole batch, with target=None, can be explained"
                 )
-            seeds = targets.mask_seeds(np.ones((1, *shape), dtype))
-        else:
-            indices = targets.target_indices(selector, shape, feeds.count)
-            seeds = targets.target_seeds(indices, shape, dtype)
-        return Question(
-            feeds,
-            of,
-            wrt,
-            shape,
-            seeds,
-            indices,
-            at_once,
-            form,
-            None if groups is None else tuple(len(g) for g in groups),
-            self.model.axes,
-        )
+            return targets.mask_seeds(np.ones((1, *shape), dtype)), None
+        indices = targets.target_indices(selector, shape, count)
+        return targets.target_seeds(indices, shape, dtype), indices
 
     def _check_source(self, value: ir.Value) -> None:
         """Refuse an input that can't carry a gradient, naming the layer that can."""

@@ -6,24 +6,39 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
+from onnxplain.blackbox import BlackBox
 from onnxplain.errors import InputError
+from onnxplain.methods.spatial import image
 from onnxplain.model import Model
+from onnxplain.perturb import maskers
+from onnxplain.perturb.features import Features
 from onnxplain.run.feeds import Feeds, by_name, check_array
 
 
-def named_baselines(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.ndarray]:
+def named_baselines(
+    model: Model | BlackBox,
+    feeds: Feeds,
+    baselines: Any,
+    features: Features | None = None,
+    seed: int | None = None,
+) -> dict[str, np.ndarray]:
     """Baselines of the explained inputs, each with first dimension 1 or N.
 
     Args:
         model: the model.
         feeds: its checked inputs.
-        baselines: None (zeros), a number, an array, or a tuple or dict of these.
+        baselines: None (zeros), a number, the name of a masker ("blur", see ``perturb.maskers``),
+            an array, or a tuple or dict of these.
+        features: what the maskers that fill in features fill in; rows of examples that these are
+            not about are zero.
+        seed: for maskers that draw.
 
     Raises:
         InputError: a baseline doesn't fit its input.
     """
-    found = _arrays(model, feeds, baselines)
+    found = _arrays(model, feeds, baselines, named=True, features=features, seed=seed)
     for name, array in found.items():
         x = feeds.arrays[name]
         if array.shape[1:] != x.shape[1:] or array.shape[0] not in (1, len(x)):
@@ -32,6 +47,68 @@ def named_baselines(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.
                 f"{list(x.shape)}; give that shape, the same with first dimension 1, or a number"
             )
     return found
+
+
+def masked_baselines(
+    model: Model | BlackBox,
+    feeds: Feeds,
+    baselines: Any,
+    features: Features | None = None,
+    seed: int | None = None,
+) -> dict[str, np.ndarray]:
+    """What switched-off features of the explained inputs have in their place.
+
+    Args:
+        model, feeds, features, seed: see :func:`named_baselines`.
+        baselines: as there, or ``Background(rows)``.
+
+    Returns:
+        [B, 1|N, ...] for each explained input: scores are averaged over the B, of which there is
+        one but for ``Background(rows)``.
+
+    Raises:
+        InputError: a baseline doesn't fit its input.
+    """
+    if not isinstance(baselines, maskers.Background):
+        found = named_baselines(model, feeds, baselines, features, seed)
+        return {name: array[None] for name, array in found.items()}
+    rows = _arrays(model, feeds, baselines.rows)
+    for name, array in rows.items():
+        x = feeds.arrays[name]
+        if array.shape[1:] != x.shape[1:] or not len(array):
+            raise InputError(
+                f"background of '{name}': shape {list(array.shape)} was given for an input of "
+                f"shape {list(x.shape)}; give [rows, {', '.join(map(str, x.shape[1:]))}]"
+            )
+    if len({len(array) for array in rows.values()}) > 1:
+        listed = ", ".join(f"'{k}': {len(v)}" for k, v in rows.items())
+        raise InputError(
+            f"the inputs have different numbers of background rows ({listed}); give as many for "
+            "each, the first of one belonging to the first of the other"
+        )
+    return {name: array[:, None] for name, array in rows.items()}
+
+
+def channel_axis(model: Model | BlackBox, name: str, x: np.ndarray) -> int | None:
+    """Which axis of an input [N, ...] of three or more holds its channels; None: none of them.
+
+    Of a model, the operators around it tell; else an axis of 1, 3 or 4, and last the second.
+
+    Raises:
+        InputError: a function's input of three axes, where it can't be told.
+    """
+    value = None
+    if isinstance(model, Model):
+        (value,) = (v for v in model.graph.graph.inputs if v.name == name)
+    if value is not None and (found := image(value, value, x.shape[1:])) is not None:
+        return found.channels
+    if value is None and x.ndim == 3:
+        raise InputError(
+            f"input '{name}' of shape {list(x.shape)}: which of its axes are places can't be told "
+            "of a function; make the baseline an array (see onnxplain.perturb.maskers)"
+        )
+    last, second = (x.shape[axis] in (1, 3, 4) for axis in (-1, 1))
+    return x.ndim - 1 if last and not second else 1
 
 
 def distributions(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.ndarray]:
@@ -73,8 +150,19 @@ def distributions(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.nd
     return found
 
 
-def _arrays(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.ndarray]:
-    """What was given for each explained input, examples first, of the input's dtype."""
+def _arrays(
+    model: Model | BlackBox,
+    feeds: Feeds,
+    baselines: Any,
+    *,
+    named: bool = False,
+    features: Features | None = None,
+    seed: int | None = None,
+) -> dict[str, np.ndarray]:
+    """What was given for each explained input, examples first, of the input's dtype.
+
+    ``named``: whether names of maskers are understood.
+    """
     names = list(feeds.explained)
     given: Mapping[str, Any] = {}
     if isinstance(baselines, Mapping | tuple):
@@ -89,7 +177,6 @@ def _arrays(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.ndarray]
                 f"one array can't be the baseline of {len(names)} inputs ({', '.join(names)}); "
                 "give a number, or a tuple or dict with one for each"
             )
-    values = {v.name: v for v in model.graph.graph.inputs}
     found = {}
     for name in names:
         if model.axes[name] is None:
@@ -98,6 +185,15 @@ def _arrays(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.ndarray]
                 "example's own can't lead to it; pass it in additional_forward_args"
             )
         x, baseline = feeds.arrays[name], given.get(name)
+        if isinstance(baseline, str) and x.dtype.kind != "O":
+            if not named:
+                raise InputError(
+                    f"baselines of '{name}': '{baseline}' is one baseline for each example; rows "
+                    "of them are wanted here, such as those of a data set"
+                )
+            channel = None if x.ndim < 3 else channel_axis(model, name, x)
+            found[name] = _masked(baseline, name, x, channel, features, seed)
+            continue
         if baseline is None or np.ndim(baseline) == 0:
             array = np.full((1, *x.shape[1:]), 0 if baseline is None else baseline)
         else:
@@ -106,5 +202,29 @@ def _arrays(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.ndarray]
                 array = array[None]
             elif array.ndim == x.ndim:
                 array = np.moveaxis(array, model.axes[name] or 0, 0)
-        found[name] = check_array(values[name], array, 0, "baseline of")
+        found[name] = check_array(_value(model, name, x), array, 0, "baseline of")
     return found
+
+
+def _masked(
+    kind: str,
+    name: str,
+    x: np.ndarray,
+    channel: int | None,
+    features: Features | None,
+    seed: int | None,
+) -> np.ndarray:
+    """The array of a masker, for all examples or those that the features are of."""
+    if features is None or kind not in maskers.BY_FEATURE:
+        return maskers.baseline(kind, x, channel, seed=seed, name=name)
+    filled = np.zeros_like(x)
+    rows = features.examples
+    filled[rows] = maskers.baseline(kind, x[rows], channel, ids=features.ids[name], name=name)
+    return filled
+
+
+def _value(model: Model | BlackBox, name: str, x: np.ndarray) -> ir.Value:
+    """What is known of an input: the model's word, or what a function is fed."""
+    if isinstance(model, BlackBox):
+        return ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(x.dtype)))
+    return next(v for v in model.graph.graph.inputs if v.name == name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,7 @@ class Frame:
 
     names: the arrays to draw: one, or all where each is a column (or more) of one table.
     values: float64, the attributions of the first.
+    errors: their standard errors, where they are estimates.
     input: the model input that is shown, if any.
     display: what to show, of a kind other than "array".
     """
@@ -35,6 +37,7 @@ class Frame:
     example: int
     names: tuple[str, ...]
     values: np.ndarray
+    errors: np.ndarray | None
     input: np.ndarray | None
     display: Display
 
@@ -101,6 +104,7 @@ def frame(explanation: Explanation, example: int = 0, name: str | None = None) -
         example=example,
         names=names,
         values=explanation.row(key, example).astype(np.float64),
+        errors=explanation.error_row(key, example),
         input=None if drawn is None else drawn[example if len(drawn) == len(explanation) else 0],
         display=display,
     )
@@ -195,6 +199,20 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def estimate(value: float, error: float | None) -> str:
+    """A number with three digits; with its standard error both to the second digit of that."""
+    if error is None:
+        return number(value)
+    if not abs(value) * 1e-6 < error < math.inf:
+        return f"{number(value)} ± {number(error)}"
+    power = math.floor(math.log10(max(abs(value), error)))
+    shown = 0 if -4 <= power < 6 else power  # as %g has it
+    places = max(1 - math.floor(math.log10(error)) + shown, 0)
+    value, error = (x / 10.0**shown for x in (value, error))
+    text = f"{value:.{places}f} ± {error:.{places}f}"
+    return text if not shown else f"({text})e{shown:+03d}"
+
+
 def printable(text: str) -> str:
     """Control characters spelled out: labels and tokens must not steer a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -266,14 +284,26 @@ def _facts(frame: Frame) -> list[str]:
         parts.append(f"input {frame.names[0]}")
     if name := explanation.name(example):
         parts.append(name)
-    parts += [
-        f"{words} {number(float(np.abs(rows).mean()) if rows.size > 1 else float(rows[0]))}"
-        + (f" (mean size of {rows.size})" if rows.size > 1 else "")
-        for key, words in _CHECKS
-        if key in explanation.checks
-        and (rows := explanation.check_row(key, example).astype(np.float64)).size
-    ]
+    if frame.errors is not None and frame.errors.size:
+        parts.append(f"± {number(float(np.abs(frame.errors).mean()))} (mean standard error)")
+    for key, words in _CHECKS:
+        rows = explanation.check_row(key, example) if key in explanation.checks else np.zeros(0)
+        if rows.size:
+            mean = float(np.abs(rows, dtype=np.float64).mean() if rows.size > 1 else rows[0])
+            shown = f"{mean:.0f}" if rows.dtype.kind in "iu" else number(mean)
+            parts.append(
+                f"{words} {shown}" + (f" (mean size of {rows.size})" if rows.size > 1 else "")
+            )
+    if (share := completed(explanation, example)) < 1:
+        parts.append(f"INCOMPLETE: interrupted after {share:.0%} of its samples")
     return [printable(part) for part in parts]
+
+
+def completed(explanation: Explanation, example: int = 0) -> float:
+    """The share of the samples that were computed; 1 where nothing was interrupted."""
+    if "completed" not in explanation.checks:
+        return 1.0
+    return float(explanation.check_row("completed", example).min(initial=1.0))
 
 
 _CHECKS = (
@@ -282,5 +312,7 @@ _CHECKS = (
     ("absorbed", "absorbed by biases"),
     ("completeness_gap", "completeness gap"),
     ("probability", "probability"),
+    ("fit", "fit R²"),
+    ("samples", "samples"),
     ("standard_error", "relative standard error"),
 )

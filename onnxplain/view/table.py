@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,47 +16,67 @@ from onnxplain.view.common import Frame
 
 @dataclass(frozen=True)
 class Row:
-    """One bar: a name and its attribution."""
+    """One bar: a name, its attribution, and the standard error of that where it has one."""
 
     name: str
     attribution: float
+    error: float | None = None
+
+    @property
+    def text(self) -> str:
+        """The attribution as people read it."""
+        return common.estimate(self.attribution, self.error)
 
 
 def figure(frame: Frame, *, top: int = 15) -> Figure:
-    """Bars of the `top` largest attributions, 'feature = value', and of the sum of the rest."""
+    """Bars of the `top` largest attributions, 'feature = value', and of the sum of the rest.
+
+    Estimates have whiskers of one standard error.
+    """
     rows = ranked(frame, top)
     fig = Figure(figsize=(8, 0.3 * len(rows) + 1.5), dpi=common.DPI, layout="constrained")
     axes = fig.subplots()
     amounts = [row.attribution for row in rows]
     colors = [common.RED if amount > 0 else common.BLUE for amount in amounts]
-    bars = axes.barh(range(len(rows)), amounts, color=colors, height=0.72)
+    whiskers = [row.error or 0.0 for row in rows] if frame.errors is not None else None
+    bars = axes.barh(
+        range(len(rows)),
+        amounts,
+        xerr=whiskers,
+        color=colors,
+        height=0.72,
+        error_kw={"elinewidth": 1, "capsize": 2.5},
+    )
     for bar in bars[top:]:  # the sum of the others is no feature
         bar.set_alpha(0.45)
-    axes.bar_label(bars, [common.number(a) for a in amounts], padding=3, fontsize=8)
+    axes.bar_label(bars, [row.text for row in rows], padding=3, fontsize=8)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=9, parse_math=False)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.margins(x=0.16)
+    axes.margins(x=0.16 if whiskers is None else 0.24)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8)
     words = "attribution (red positive, blue negative)"
+    words += "" if whiskers is None else "; whiskers: one standard error"
     axes.set_xlabel(words if any(amounts) else "all attributions are zero", fontsize=9)
     common.title(fig, frame, common.verdict(frame))
     return fig
 
 
 def lines(frame: Frame, color: bool, *, top: int = 15) -> list[str]:
-    """One terminal line a row: name, attribution, bar."""
+    """One terminal line a row: name, attribution (± standard error), bar."""
     rows = ranked(frame, top)
     largest = max(abs(row.attribution) for row in rows) or 1.0
     width = max(len(row.name) for row in rows)
+    shown = [f"{row.attribution:+.3e}" if row.error is None else row.text for row in rows]
+    column = max(map(len, shown))
     text = []
-    for row in rows:
+    for row, amount in zip(rows, shown, strict=True):
         bar = "█" * round(24 * abs(row.attribution) / largest)
         if color and bar:
             bar = f"\x1b[{31 if row.attribution > 0 else 34}m{bar}\x1b[0m"
-        text.append(f"{row.name:>{width}}  {row.attribution:+.3e}  {bar}".rstrip())
+        text.append(f"{row.name:>{width}}  {amount:>{column}}  {bar}".rstrip())
     return text
 
 
@@ -69,6 +90,10 @@ def ranked(frame: Frame, top: int) -> list[Row]:
     explanation, example, names = frame.explanation, frame.example, frame.names
     arrays = [explanation.row(name, example).astype(np.float64) for name in names]
     flat = np.concatenate([array.ravel() for array in arrays])
+    spread: list[float | None] = []
+    for name, array in zip(names, arrays, strict=True):
+        found = explanation.error_row(name, example)
+        spread += [None] * array.size if found is None else map(_finite, found.ravel().tolist())
     starts = np.cumsum([0, *(array.size for array in arrays)])
     features, raw = frame.display.feature_names, frame.display.values
     if not set(names) <= set(explanation.inputs):
@@ -90,7 +115,7 @@ def ranked(frame: Frame, top: int) -> list[Row]:
             text += f" = {_value(raw[at])}"
         elif x is not None and x.shape[1:] == array.shape:
             text += f" = {_value(x[example if len(x) == len(explanation) else 0][index])}"
-        return Row(text, float(flat[at]))
+        return Row(text, float(flat[at]), spread[at])
 
     chosen = [index[0] for index in strongest(flat, top)]
     rows = [row(at) for at in chosen]
@@ -98,6 +123,10 @@ def ranked(frame: Frame, top: int) -> list[Row]:
         rest = float(np.delete(flat, chosen).sum())
         rows.append(Row(f"({flat.size - len(chosen)} others)", rest))
     return rows
+
+
+def _finite(error: float) -> float | None:
+    return error if math.isfinite(error) else None
 
 
 def _value(value: np.generic) -> str:

@@ -35,6 +35,16 @@ def colored(frame: Frame, percentile: float = 100.0) -> tuple[list[tuple[str, fl
     return pairs, common.scale(values, percentile)
 
 
+def _amounts(frame: Frame, pairs: list[tuple[str, float]], form: str) -> list[str]:
+    """The attribution of each token, with its standard error where it is an estimate."""
+    tokens = frame.display.tokens[frame.example] if frame.display.tokens else []
+    errors: list[str] = []
+    if frame.errors is not None and frame.errors.ndim == 1:
+        errors = [f"±{error:.1g}" for error in frame.errors[: len(tokens)]]
+    errors = (errors + [""] * len(pairs))[: len(pairs)]
+    return [f"{value:{form}}{e}" for (_, value), e in zip(pairs, errors, strict=True)]
+
+
 def figure(frame: Frame, *, percentile: float = 100.0) -> Figure:
     """The tokens, wrapped, each on its color, with a color bar."""
     pairs, scale = colored(frame, percentile)
@@ -84,10 +94,10 @@ def fragment(frame: Frame, *, percentile: float = 100.0) -> str:
     """HTML: colored spans, the value on hover, and a legend; every text escaped."""
     pairs, scale = colored(frame, percentile)
     spans = []
-    for token, value in pairs:
+    for (token, value), amount in zip(pairs, _amounts(frame, pairs, "+.3e"), strict=True):
         background = common.tint(scale.unit(value))
         spans.append(
-            f'<span title="{value:+.3e}" style="background:{_css(background)};'
+            f'<span title="{amount}" style="background:{_css(background)};'
             f'color:{common.ink(background)}">{escape(token)}</span>'
         )
     stops = ", ".join(_css(common.tint(t)) for t in (-1, -0.5, 0, 0.5, 1))
@@ -103,7 +113,9 @@ def lines(frame: Frame, color: bool, *, percentile: float = 100.0) -> list[str]:
     """Colored tokens and a legend; without color, each token followed by its attribution."""
     pairs, scale = colored(frame, percentile)
     if not color:
-        return [" ".join(f"{token}({value:+.2g})" for token, value in pairs), scale.note]
+        amounts = _amounts(frame, pairs, "+.2g")
+        told = (f"{token}({amount})" for (token, _), amount in zip(pairs, amounts, strict=True))
+        return [" ".join(told), scale.note]
     steps = (-1.0, -0.5, 0.0, 0.5, 1.0)
     legend = " ".join(_ansi(common.number(step * scale.limit), step) for step in steps)
     tokens = " ".join(_ansi(token, scale.unit(value)) for token, value in pairs)

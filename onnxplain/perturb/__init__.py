@@ -1,0 +1,1 @@
+"""Perturbation: who is switched off, what "off" means, and how scores become attributions."""

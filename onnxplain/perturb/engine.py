@@ -1,0 +1,226 @@
+"""The engine: plays a game to its end, and keeps what was computed when that comes early.
+
+In rounds, where a tolerance is to be met: their boundaries depend on the numbers of samples alone,
+so that an example gets the same numbers in any batch and in chunks of any size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from onnxplain.errors import EvaluationError, IncompleteWarning, InputError
+from onnxplain.model import Model
+from onnxplain.perturb.call_game import CallGame
+from onnxplain.perturb.forms import Block, Sampler
+from onnxplain.perturb.game import Game, Play
+from onnxplain.perturb.graph_game import Graph, GraphGame
+
+# Where a tolerance is to be met: samples before the first look, and growth from look to look.
+_FIRST_LOOK = 32
+_GROWTH = 1.25
+
+
+class Aggregator(Protocol):
+    """How scores become attributions: running sums, of the examples of one game."""
+
+    def add(self, piece: slice, block: Block, scores: np.ndarray) -> None:
+        """Take in samples and their scores, float64 [S, E, K]; they come in order."""
+
+    def keep(self, kept: np.ndarray) -> None:
+        """Go on with some of the examples only (a boolean mask [E])."""
+
+    def result(self) -> np.ndarray:
+        """Attributions [E, K, ...], NaN where nothing is known yet."""
+
+    def standard_error(self) -> np.ndarray | None:
+        """How far these are off, typically; of the same shape, or None where nothing is random."""
+
+
+@dataclass
+class Outcome:
+    """What was computed for N examples.
+
+    Attributes:
+        values: attributions [N, K, ...]; NaN where the computation did not come to.
+        errors: their standard errors; None where nothing is random.
+        samples: how many samples each example's attributions are of, [N].
+        completed: the share of its samples (or of the tolerance) that each example got, [N].
+        extra: further figures by name, [N, ...].
+    """
+
+    values: np.ndarray | None = None
+    errors: np.ndarray | None = None
+    samples: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    completed: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def take(self, index: np.ndarray, aggregator: Aggregator, rows: np.ndarray) -> None:
+        """The attributions of some of a game's examples."""
+        figures = {"values": aggregator.result(), "errors": aggregator.standard_error()}
+        for name, found in figures.items():
+            if found is None:
+                continue
+            whole = getattr(self, name)
+            if whole is None:
+                whole = np.full((len(self.samples), *found.shape[1:]), np.nan)
+                setattr(self, name, whole)
+            whole[index] = found[rows]
+        for name, found in getattr(aggregator, "figures", dict)().items():
+            if name not in self.extra:
+                self.extra[name] = np.full((len(self.samples), *found.shape[1:]), np.nan)
+            self.extra[name][index] = found[rows]
+
+
+def games(play: Play, samples: int, examples: np.ndarray) -> Iterator[tuple[Game, slice]]:
+    """The games of chunks of examples that are best evaluated together, and which these are.
+
+    Args:
+        play: what is evaluated.
+        samples: how many samples there will be, at most.
+        examples: their numbers among the inputs, in the order of the form.
+    """
+    graph = Graph(play) if isinstance(play.model, Model) else None
+    if play.at_once:
+        size = len(examples)
+    elif graph is not None:
+        size = graph.examples_at_once(samples)
+    else:
+        size = max(CallGame.rows_at_once(play) // (samples * play.off.count), 1)
+    for start in range(0, len(examples), size):
+        place = slice(start, min(start + size, len(examples)))
+        index = examples[place]
+        yield (
+            (CallGame(play, index, place) if graph is None else GraphGame(graph, index, place)),
+            place,
+        )
+
+
+def run(
+    play: Play,
+    sampler: Sampler,
+    samples: int,
+    aggregator: Callable[[Game], Aggregator],
+    examples: np.ndarray,
+    *,
+    unit: int = 1,
+    tolerance: float | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> Outcome:
+    """Play to the end, or to where it is stopped.
+
+    Args:
+        play: what is evaluated.
+        sampler: makes samples by their numbers.
+        samples: how many, at most.
+        aggregator: makes the aggregator for a game.
+        examples: which of the inputs, in the order of the form.
+        unit: how many samples belong together (those of one permutation).
+        tolerance: an example gets no more samples once the standard errors of its attributions
+            are, summed, at most this share of their sizes.
+        progress: told how many rows have been evaluated.
+
+    Returns:
+        What was computed, by place in ``examples``; when the user interrupts, all until then, with
+        an IncompleteWarning.
+
+    Raises:
+        EvaluationError: the model failed; ``partial`` is the Outcome until then.
+    """
+    count = 1 if play.at_once else len(examples)
+    outcome = Outcome(samples=np.zeros(count, np.int64), completed=np.zeros(count))
+    current: tuple[np.ndarray, Aggregator] | None = None
+    done = 0
+    try:
+        for game, place in games(play, samples, examples):
+            if progress is not None:
+                game.tick = progress
+            index = np.zeros(1, np.int64) if play.at_once else np.arange(place.start, place.stop)
+            sums = aggregator(game)
+            done = 0
+            for start, stop in _rounds(samples, unit, tolerance):
+                for piece, block, scores in game.stream(sampler, start, stop):
+                    sums.add(piece, block, scores)
+                    done, current = piece.stop, (index, sums)
+                ended = np.full(len(index), stop == samples)
+                if tolerance is not None:
+                    ended |= relative_error(sums) <= tolerance
+                if ended.any():
+                    outcome.take(index[ended], sums, np.flatnonzero(ended))
+                    outcome.samples[index[ended]] = stop // unit
+                    outcome.completed[index[ended]] = 1
+                if ended.all():
+                    break
+                if ended.any():
+                    game.keep(~ended)
+                    sums.keep(~ended)
+                    index = index[~ended]
+                    current = index, sums
+            current = None
+    except (KeyboardInterrupt, EvaluationError) as stop:
+        if current is not None:
+            index, sums = current
+            outcome.take(index, sums, np.arange(len(index)))
+            outcome.samples[index] = done // unit
+            outcome.completed[index] = done / samples
+        if isinstance(stop, EvaluationError):
+            stop.partial, stop.samples = outcome, int(outcome.samples.max(initial=0))
+            raise
+        if outcome.values is None:
+            raise
+        full = int((outcome.completed == 1).sum())
+        warnings.warn(
+            f"interrupted: {full} of {count} example(s) are complete"
+            + (f", one group after {done // unit} of {samples // unit} samples" if done else "")
+            + "; what was not computed is NaN",
+            IncompleteWarning,
+            stacklevel=2,
+        )
+    return outcome
+
+
+def _rounds(samples: int, unit: int, tolerance: float | None) -> Iterator[tuple[int, int]]:
+    """From which sample to which each round goes."""
+    start, look = 0, float(_FIRST_LOOK)
+    while start < samples:
+        stop = samples if tolerance is None else min(int(look) * unit, samples)
+        yield start, stop
+        start, look = stop, look * _GROWTH
+
+
+def relative_error(sums: Aggregator) -> np.ndarray:
+    """The standard errors of each example's attributions over their sizes, each summed, [E]."""
+    values, errors = sums.result(), sums.standard_error()
+    return relative(values, errors)
+
+
+def relative(values: np.ndarray, errors: np.ndarray | None) -> np.ndarray:
+    """As :func:`relative_error`, of arrays."""
+    if errors is None:
+        return np.full(len(values), np.inf)
+    size = np.abs(values).reshape(len(values), -1).sum(axis=1)
+    found = errors.reshape(len(errors), -1).sum(axis=1) / np.maximum(
+        size, np.finfo(np.float32).tiny
+    )
+    return np.where(np.isnan(found), np.inf, found)
+
+
+def check_tolerance(tolerance: Any) -> float | None:
+    """A tolerance as it must be.
+
+    Raises:
+        InputError: it is no positive number.
+    """
+    if tolerance is None:
+        return None
+    number = isinstance(tolerance, int | float | np.number) and not isinstance(tolerance, bool)
+    if not number or not np.isfinite(tolerance) or tolerance <= 0:
+        raise InputError(
+            f"tolerance must be a positive number (the standard error as a share of the "
+            f"attributions, such as 0.05), not {tolerance!r}"
+        )
+    return float(tolerance)
