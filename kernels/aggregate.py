@@ -190,10 +190,11 @@ def _grid_sums(
     cells: Any, shift: Any, scores: Any, which: Any, sums: Any, squares: Any, masks: Any
 ) -> None:
     height, width = squares.shape[3:]
+    moments = squares.shape[0] > 0
     products = np.empty((height, width))
     for s in range(cells.shape[0]):
         c, y, x = cells[s], shift[s, 0], shift[s, 1]
-        for p in range(height):
+        for p in range(height if moments else 0):
             a, b = p // 2, (p + 1) // 2
             for r in range(width):
                 i, j = r // 2, (r + 1) // 2
@@ -204,29 +205,11 @@ def _grid_sums(
             for a in range(c.shape[0]):
                 for i in range(c.shape[1]):
                     sums[m, y, x, a, i] += score * c[a, i]
-                    masks[m, y, x, a, i] += c[a, i]
-            for p in range(height):
+                    if moments:
+                        masks[m, y, x, a, i] += c[a, i]
+            for p in range(height if moments else 0):
                 for r in range(width):
                     squares[m, y, x, p, r] += score * score * products[p, r]
-
-
-@parallel
-def _spread(sums: Any, rows: Any, columns: Any, out: Any) -> None:
-    outputs, ny, nx, height, width = sums.shape
-    for m in prange(outputs):
-        line = np.empty(out.shape[2])
-        for y in range(ny):
-            for a in range(height):
-                line[:] = 0
-                for x in range(nx):
-                    for i in range(width):
-                        value = sums[m, y, x, a, i]
-                        for t in range(out.shape[2]):
-                            line[t] += value * columns[x, i, t]
-                for t in range(out.shape[1]):
-                    if rows[y, t, a] != 0:
-                        for q in range(out.shape[2]):
-                            out[m, t, q] += rows[y, t, a] * line[q]
 
 
 def _squared(table: Floats) -> Floats:
@@ -255,9 +238,13 @@ class GridSums:
 
     - rows: [shifts, H, h], columns: [shifts, W, w]; at most two neighbouring nonzeros in a row, none
       negative. For series, tables and text H = h = 1.
+    - moments: whether squares and masks are summed too; else they take no memory, and ``maps``
+      gives empty arrays of them.
     """
 
-    def __init__(self, outputs: int, rows: npt.ArrayLike, columns: npt.ArrayLike) -> None:
+    def __init__(
+        self, outputs: int, rows: npt.ArrayLike, columns: npt.ArrayLike, moments: bool = True
+    ) -> None:
         self._rows = np.ascontiguousarray(rows, np.float64)
         self._columns = np.ascontiguousarray(columns, np.float64)
         if self._rows.ndim != 3 or self._columns.ndim != 3:
@@ -268,8 +255,10 @@ class GridSums:
         self._rows2, self._columns2 = _squared(self._rows), _squared(self._columns)
         shifts = len(self._rows), len(self._columns)
         self._cells = self._rows.shape[2], self._columns.shape[2]
-        self._sums, self._masks = np.zeros((2, outputs, *shifts, *self._cells))
-        self._squares = np.zeros((outputs, *shifts, *(2 * n - 1 for n in self._cells)))
+        self._sums = np.zeros((outputs, *shifts, *self._cells))
+        self._masks = np.zeros((outputs if moments else 0, *shifts, *self._cells))
+        pairs = (2 * n - 1 for n in self._cells)
+        self._squares = np.zeros((outputs if moments else 0, *shifts, *pairs))
 
     def add(
         self,
@@ -306,6 +295,8 @@ class GridSums:
 
 def _spread_out(sums: Floats, rows: Floats, columns: Floats) -> Floats:
     """The sum over shifts (y, x) of rows[y] @ sums[:, y, x] @ columns[x].T."""
-    out = np.zeros((len(sums), rows.shape[1], columns.shape[1]))
-    _spread(sums, rows, np.ascontiguousarray(columns.transpose(0, 2, 1)), out)
-    return out
+    outputs, ny, nx, height, width = sums.shape
+    flat = sums.transpose(0, 1, 3, 2, 4).reshape(outputs, ny * height, nx * width)
+    down = rows.transpose(1, 0, 2).reshape(-1, ny * height)
+    across = columns.transpose(0, 2, 1).reshape(nx * width, -1)
+    return down @ (flat @ across)

@@ -137,7 +137,11 @@ def explain(
         target=index,
         labels=labels,
         layer=used,
-        options={k: _recorded(v) for k, v in {**info.options, **options, **taken, **given}.items()},
+        options={
+            k: _recorded(v)
+            for k, v in {**info.options, **options, **taken, **given}.items()
+            if k != "show_progress"
+        },
         checks=answer.checks,
         standard_errors=errors,
         provenance={**_provenance(model), **record, **(provenance or {})},
@@ -202,6 +206,8 @@ def _check_options(info: MethodInfo, options: Mapping[str, Any], baselines: Any)
         if name not in info.options:
             known = ", ".join(info.options) or "none"
             raise InputError(f"method '{info.name}' has no option '{name}' (its options: {known})")
+    if missing := sorted(info.required - options.keys()):
+        raise InputError(f"method '{info.name}' needs the option(s) {', '.join(missing)}")
     if baselines is not None and not info.takes_baselines:
         raise InputError(f"method '{info.name}' has no baseline")
 

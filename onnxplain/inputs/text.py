@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,28 @@ def token_names(ids: np.ndarray, setting: Preprocessing) -> list[list[str]]:
     return rows
 
 
+def token_number(setting: Preprocessing, tokens: Sequence[str]) -> int:
+    """The number of the first of some tokens that a tokenizer has; else of its unknown or padding.
+
+    Raises InputError where it has none of them.
+    """
+    wanted = [token for token in (*tokens, setting.unknown, setting.pad) if token]
+    if setting.tokenizer == "words" and setting.vocabulary is not None:
+        numbers = {token: i for i, token in enumerate(read_lines(Path(setting.vocabulary)))}
+    elif setting.tokenizer is not None:
+        numbers = _tokenizer(Path(setting.tokenizer)).get_vocab(with_added_tokens=True)
+        wanted += ["[UNK]", "<unk>", "[PAD]", "<pad>"]
+    else:
+        numbers = {}
+    for token in wanted:
+        if token in numbers:
+            return int(numbers[token])
+    raise InputError(
+        f"the tokenizer has none of {', '.join(map(repr, wanted))} to stand for a missing word: "
+        "give the number of a token"
+    )
+
+
 def _common_length(counts: Sequence[int], length: int | None) -> int:
     if length is not None and max(counts) > length:
         log.warning("text of %d tokens is cut to the model's %d", max(counts), length)
@@ -99,17 +122,7 @@ def _encode_words(texts: Sequence[str], setting: Preprocessing, length: int | No
 def _encode_subwords(
     texts: Sequence[str], setting: Preprocessing, path: Path, length: int | None
 ) -> Encoded:
-    check_file(path)
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise InputError(
-            f'{path} needs the package tokenizers: pip install "onnxplain[text]"'
-        ) from None
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises nothing narrower
-        raise FileFormatError(f"{path} is not a tokenizer: {error}") from None
+    tokenizer = _tokenizer(path)
     own = tokenizer.padding or {}
     tokenizer.no_padding()
     if length is not None:
@@ -132,3 +145,18 @@ def _encode_subwords(
     )
     shown = [e.tokens[: sum(e.attention_mask)] for e in encoded]  # padding is at the end
     return Encoded(ids, mask, types, shown)
+
+
+def _tokenizer(path: Path) -> Any:
+    """A ``tokenizer.json``."""
+    check_file(path)
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise InputError(
+            f'{path} needs the package tokenizers: pip install "onnxplain[text]"'
+        ) from None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing narrower
+        raise FileFormatError(f"{path} is not a tokenizer: {error}") from None

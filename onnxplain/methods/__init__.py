@@ -85,6 +85,10 @@ from onnxplain.methods.perturbation import (
     Occlusion,
 )
 from onnxplain.methods.shap import GradientShap, LayerGradientShap, NeuronGradientShap
+from onnxplain.methods.shapley import (
+    ShapleyValues,
+    ShapleyValueSampling,
+)
 
 __all__ = [
     "LRP",
@@ -141,6 +145,8 @@ __all__ = [
     "NoiseTunnel",
     "Occlusion",
     "Saliency",
+    "ShapleyValueSampling",
+    "ShapleyValues",
     "VanillaBackprop",
     "XGradCAM",
 ]
@@ -203,6 +209,8 @@ METHODS: tuple[type[Attribution], ...] = (
     LayerFeatureAblation,
     LayerFeaturePermutation,
     NeuronFeatureAblation,
+    ShapleyValues,
+    ShapleyValueSampling,
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ def named_baselines(
     model: Model | BlackBox,
     feeds: Feeds,
     baselines: Any,
-    features: Features | None = None,
+    features: Sequence[Features] = (),
     seed: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Baselines of the explained inputs, each with first dimension 1 or N.
@@ -31,8 +31,7 @@ def named_baselines(
         feeds: its checked inputs.
         baselines: None (zeros), a number, the name of a masker ("blur", see ``perturb.maskers``),
             an array, or a tuple or dict of these.
-        features: what the maskers that fill in features fill in; rows of examples that these are
-            not about are zero.
+        features: of all examples, in groups, for maskers that fill in features.
         seed: for maskers that draw.
 
     Raises:
@@ -53,7 +52,7 @@ def masked_baselines(
     model: Model | BlackBox,
     feeds: Feeds,
     baselines: Any,
-    features: Features | None = None,
+    features: Sequence[Features] = (),
     seed: int | None = None,
 ) -> dict[str, np.ndarray]:
     """What switched-off features of the explained inputs have in their place.
@@ -156,7 +155,7 @@ def _arrays(
     baselines: Any,
     *,
     named: bool = False,
-    features: Features | None = None,
+    features: Sequence[Features] = (),
     seed: int | None = None,
 ) -> dict[str, np.ndarray]:
     """What was given for each explained input, examples first, of the input's dtype.
@@ -211,15 +210,16 @@ def _masked(
     name: str,
     x: np.ndarray,
     channel: int | None,
-    features: Features | None,
+    features: Sequence[Features],
     seed: int | None,
 ) -> np.ndarray:
-    """The array of a masker, for all examples or those that the features are of."""
-    if features is None or kind not in maskers.BY_FEATURE:
+    """The array of a masker."""
+    if not features or kind not in maskers.BY_FEATURE:
         return maskers.baseline(kind, x, channel, seed=seed, name=name)
-    filled = np.zeros_like(x)
-    rows = features.examples
-    filled[rows] = maskers.baseline(kind, x[rows], channel, ids=features.ids[name], name=name)
+    filled = np.empty_like(x)
+    for group in features:
+        rows, ids = group.examples, group.ids[name]
+        filled[rows] = maskers.baseline(kind, x[rows], channel, ids=ids, name=name)
     return filled
 
 

@@ -21,12 +21,14 @@ _NO_OPTIONS = {
     "additional_forward_args",
     "neuron_selector",
     "return_convergence_delta",
+    "return_standard_error",
     "model",
     "layer",
     "saliency_layer",  # another name of wrt
     "of",
     "wrt",
     "seed",
+    "attribution_method",  # of a noise tunnel, which is made around it
 }
 
 
@@ -37,7 +39,8 @@ class MethodInfo:
     Attributes:
         name, title, summary, paper: what it is.
         cls: its class.
-        options: its options and their defaults.
+        options: its options and their defaults; None for those that are required.
+        required: the options that have no default.
         needs: "gradient", "layer", "neuron", "image", "random", "baselines" (a distribution).
         explains: what the result has the shape of: "inputs" or "layer".
         check: what its check figure means.
@@ -67,6 +70,7 @@ class MethodInfo:
     annotations: dict[str, str]
     choices: dict[str, tuple[str, ...]]
     inside: MethodInfo | None = None
+    required: frozenset[str] = frozenset()
 
     def make(
         self,
@@ -114,9 +118,10 @@ def info_of(cls: type[Attribution]) -> MethodInfo:
     chosen = {
         name: p
         for name, p in {**made, **call}.items()
-        if name not in _NO_OPTIONS and p.default is not p.empty
+        if name not in _NO_OPTIONS and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
-    options = {name: p.default for name, p in chosen.items()}
+    required = frozenset(name for name, p in chosen.items() if p.default is p.empty)
+    options = {name: None if name in required else p.default for name, p in chosen.items()}
     summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
     summary = re.sub(r":\w+:`~?\.?([^`]*)`", r"\1", summary)
     return MethodInfo(
@@ -135,6 +140,7 @@ def info_of(cls: type[Attribution]) -> MethodInfo:
         takes_any_layer="wrt" in made,
         made_with=frozenset(made) & frozenset(options),
         annotations={name: str(p.annotation) for name, p in chosen.items()},
+        required=required,
         choices=_literals(chosen) | {name: tuple(words) for name, words in cls.choices.items()},
     )
 

@@ -100,6 +100,13 @@ def matrices(shape: Sequence[int], sizes: Sequence[int], mode: str) -> list[np.n
     return [MODES[mode][0](int(old), int(new)) for old, new in zip(shape, sizes, strict=True)]
 
 
+def aligned(size: int, out: int) -> np.ndarray:
+    """The linear matrix [out, size] that keeps the centers of the corners (``align_corners``)."""
+    at = np.linspace(0, size - 1, out)[:, None]
+    low = np.floor(at).astype(int)
+    return _taps(size, low + np.arange(2), np.hstack([1 - (at - low), at - low]))
+
+
 def smoothing(size: int, sigma: float) -> np.ndarray:
     """The matrix [size, size] of a Gaussian filter of one axis, whose border repeats.
 

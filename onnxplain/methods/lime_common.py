@@ -279,6 +279,7 @@ class Surrogate:
 
     def weights(self, samples: np.ndarray) -> np.ndarray:
         """How much each sample counts, [S]."""
+        samples = samples.astype(np.float64)
         found = (self.kernel or exponential)(
             self.unit * distances_from_first(samples, self.distance_metric), self.kernel_width
         )
@@ -324,7 +325,9 @@ class Surrogate:
             errors[used] = regressor.standard_errors(x, values, weights)
         return Local(
             float(np.ravel(getattr(regressor, "intercept_", 0.0))[0]),
-            sorted(zip(used.tolist(), coefficients.tolist(), strict=True), key=lambda w: -abs(w[1])),
+            sorted(
+                zip(used.tolist(), coefficients.tolist(), strict=True), key=lambda w: -abs(w[1])
+            ),
             r_squared(values, fitted, weights),
             float(fitted[0]),
             row,

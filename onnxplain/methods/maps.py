@@ -15,7 +15,6 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxplain.errors import InputError, LayerError
-from onnxplain.graph.edit import downstream
 from onnxplain.graph.emit import Emitter, dims, rank
 from onnxplain.graph.grad import backward
 from onnxplain.methods.base import Attribution, Layers, Question
@@ -28,6 +27,7 @@ from onnxplain.methods.spatial import (
     channel_axis,
     checked,
     example_shape,
+    first_wider,
     grid,
     image,
     images,
@@ -224,7 +224,7 @@ class SaliencyMap(Attribution):
         if not value.is_graph_input():
             seen = layer_image(self.model, value, question.feeds.arrays)
             where = grid(value, shape, seen.sizes, self.reshape_transform)
-        elif (found := image(value, self._first_wider(value), shape)) is not None:
+        elif (found := image(value, first_wider(self.model, value), shape)) is not None:
             seen = found
             channels = 1 if found.channels is None else shape[found.channels - 1]
             sizes = tuple(s for s in found.sizes if s is not None)
@@ -237,12 +237,6 @@ class SaliencyMap(Attribution):
                 f"to make a map of; {hint}"
             )
         return seen, where
-
-    def _first_wider(self, value: ir.Value) -> ir.Value:
-        """The first value behind an image without a channel axis that has one; itself if none."""
-        behind = (v for n in downstream(self.model.graph.graph, [value]) for v in n.outputs)
-        wider = (v for v in behind if v.shape is not None and rank(v) == rank(value) + 1)
-        return next((v for v in wider if channel_axis(v) is not None), value)
 
 
 def _finish(

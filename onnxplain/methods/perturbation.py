@@ -82,7 +82,7 @@ class PerturbationAttribution(Attribution):
     follows from what it returns.
     """
 
-    needs = ()
+    needs: ClassVar[tuple[str, ...]] = ()
     every_output: ClassVar[bool] = False
     """Whether target None explains every output value, where there are several."""
 
@@ -91,7 +91,7 @@ class PerturbationAttribution(Attribution):
         if not isinstance(model, BlackBox):
             Attribution._check_model(model)
 
-    def _find(self, question: Question, **options: Any) -> Found:
+    def _find(self, question: Question, *args: Any, **options: Any) -> Found:
         """The attributions: what a method computes."""
         raise NotImplementedError
 
@@ -110,6 +110,7 @@ class PerturbationAttribution(Attribution):
         return answer.result, answer.standard_errors
 
     def answer(self, **arguments: Any) -> Answer:
+        """Attributions, figures that tell how far to trust them, standard errors."""
         bound = inspect.signature(self.attribute).bind(**arguments)  # type: ignore[attr-defined]
         bound.apply_defaults()
         question, options, _ = self._parse(bound.arguments)
@@ -118,6 +119,7 @@ class PerturbationAttribution(Attribution):
             return self._said(question, self._find(question, **options))
 
     def explain(self, **arguments: Any) -> tuple[Any, dict[str, np.ndarray]]:
+        """Attributions, and figures that tell how far to trust them."""
         answer = self.answer(**arguments)
         return answer.result, answer.checks
 
@@ -180,30 +182,31 @@ class PerturbationAttribution(Attribution):
         of_entering: bool = False,
         wrt_entering: bool = False,
     ) -> Question:
-        if not isinstance(self.model, BlackBox):
+        model: Any = self.model
+        if not isinstance(model, BlackBox):
             question = super()._ask(
                 inputs, selector, additional, of_entering=of_entering, wrt_entering=wrt_entering
             )
             shared = [k for k in question.feeds.explained if self.model.axes[k] is None]
             if shared and question.groups is None:
                 raise InputError(
-                    f"input '{shared[0]}' is shared by all examples (examples_axis), so it can't be "
-                    "explained for each of them; pass it in additional_forward_args"
+                    f"input '{shared[0]}' is shared by all examples (examples_axis), so it can't "
+                    "be explained for each of them; pass it in additional_forward_args"
                 )
             return question
-        feeds = self.model.feeds(inputs, additional)
+        feeds = model.feeds(inputs, additional)
         if not feeds.count:
             raise InputError("there is no example to explain")
         # Two rows tell one number for each from one number for all.
         few = {k: v[:2] for k, v in feeds.arrays.items()}
-        answer = self.model.evaluate(few)
+        answer = model.evaluate(few)
         at_once = not answer.ndim
         shape = answer.shape[1:]
         wrt = tuple(_value(name, feeds.arrays[name]) for name in feeds.explained)
-        of = ir.Value(name=self.model.output.name, type=ir.TensorType(ir.DataType.DOUBLE))
+        of = ir.Value(name=model.output.name, type=ir.TensorType(ir.DataType.DOUBLE))
         seeds, indices = self._select(of, selector, shape, feeds.count, at_once)
         return Question(
-            feeds, of, wrt, shape, seeds, indices, at_once, feeds.form, None, self.model.axes
+            feeds, of, wrt, shape, seeds, indices, at_once, feeds.form, None, model.axes
         )
 
     def _select(
@@ -379,7 +382,7 @@ def _merged(
         parts["errors"] = outcome.errors
     spread = {k: group.spread(v) if by_feature else [v] for k, v in parts.items()}
     if whole is None:
-        empty = {
+        empty: dict[str, Any] = {
             k: [np.full((rows, *a.shape[1:]), np.nan) for a in arrays]
             for k, arrays in spread.items()
         }
@@ -394,7 +397,9 @@ def _merged(
         mine = whole.columns[index]
         np.put_along_axis(mine, wide, outcome.values, axis=2)
         whole.columns[index] = mine
-    named = {"samples": outcome.samples, "completed": outcome.completed, **outcome.extra}
+    named = {"completed": outcome.completed, **outcome.extra}
+    if outcome.samples.any():
+        named["samples"] = outcome.samples
     for name, figure in named.items():
         if name not in whole.figures:
             start = 0.0 if name in ("samples", "completed") else np.nan
@@ -575,14 +580,14 @@ class LayerFeatureAblation(FeatureAblation):
         """
         return self._call(locals())
 
-    def _find(
-        self,
-        question: Question,
-        layer_baselines: Any = None,
-        layer_mask: Any = None,
-        **options: Any,
-    ) -> Found:
-        return super()._find(question, layer_baselines, layer_mask, **options)
+    def _parse(self, arguments: Mapping[str, Any]) -> tuple[Question, dict[str, Any], bool]:
+        return super()._parse(_of_layer(arguments))
+
+
+def _of_layer(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a layer's form by the names that they have for inputs."""
+    names = {"layer_baselines": "baselines", "layer_mask": "feature_mask"}
+    return {names.get(k, k): v for k, v in arguments.items()}
 
 
 class NeuronFeatureAblation(FeatureAblation):
@@ -665,7 +670,7 @@ class FeaturePermutation(PerturbationAttribution):
     name = "feature-permutation"
     title = "Feature Permutation"
     paper = "Fisher et al. 2019, arXiv:1801.01489"
-    needs = ("random",)
+    needs: ClassVar[tuple[str, ...]] = ("random",)
     every_output = True
 
     def __init__(
@@ -848,8 +853,8 @@ class LayerFeaturePermutation(FeaturePermutation):
         """
         return self._call(locals())
 
-    def _find(self, question: Question, layer_mask: Any = None, **options: Any) -> Found:
-        return super()._find(question, layer_mask, **options)
+    def _parse(self, arguments: Mapping[str, Any]) -> tuple[Question, dict[str, Any], bool]:
+        return super()._parse(_of_layer(arguments))
 
 
 class Occlusion(PerturbationAttribution):

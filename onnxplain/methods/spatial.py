@@ -215,12 +215,19 @@ class Image:
         return np.moveaxis(maps, 1, self.channels)
 
 
-def image(value: ir.Value, layer: ir.Value, shape: Sequence[int] | None = None) -> Image | None:
+def image(
+    value: ir.Value,
+    layer: ir.Value,
+    shape: Sequence[int] | None = None,
+    *,
+    integers: bool = False,
+) -> Image | None:
     """An input as an image for a layer; None where it has no spatial axes.
 
-    ``shape`` is the input's without the examples axis, where it is known.
+    ``shape`` is the input's without the examples axis, where it is known; ``integers``: an input
+    that holds no floating-point numbers may be one too.
     """
-    if not is_float(value) or value.shape is None or rank(value) < 3:
+    if not (integers or is_float(value)) or value.shape is None or rank(value) < 3:
         return None
     known = shape if shape is not None else dims(value)[1:]
     sizes = [d if isinstance(d, int) else None for d in known]
@@ -230,6 +237,13 @@ def image(value: ir.Value, layer: ir.Value, shape: Sequence[int] | None = None) 
     if axis is None:
         axis = len(sizes) if sizes[-1] in (1, 3, 4) and sizes[0] not in (1, 3, 4) else 1
     return Image(value.name or "", tuple(s for i, s in enumerate(sizes, 1) if i != axis), axis)
+
+
+def first_wider(model: Model, value: ir.Value) -> ir.Value:
+    """The first value behind an image without a channel axis that has one; itself if none."""
+    behind = (v for n in downstream(model.graph.graph, [value]) for v in n.outputs)
+    wider = (v for v in behind if v.shape is not None and rank(v) == rank(value) + 1)
+    return next((v for v in wider if channel_axis(v) is not None), value)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,14 @@ _GROWTH = 1.25
 
 
 class Aggregator(Protocol):
-    """How scores become attributions: running sums, of the examples of one game."""
+    """How scores become attributions: running sums, of the examples of one game.
+
+    Attributes:
+        drawn: how many samples they are of, as the user counts them; None where nothing is drawn.
+    """
+
+    @property
+    def drawn(self) -> int | None: ...
 
     def add(self, piece: slice, block: Block, scores: np.ndarray) -> None:
         """Take in samples and their scores, float64 [S, E, K]; they come in order."""
@@ -48,7 +55,7 @@ class Outcome:
     Attributes:
         values: attributions [N, K, ...]; NaN where the computation did not come to.
         errors: their standard errors; None where nothing is random.
-        samples: how many samples each example's attributions are of, [N].
+        samples: how many samples each example's attributions are of, [N]; 0: none are drawn.
         completed: the share of its samples (or of the tolerance) that each example got, [N].
         extra: further figures by name, [N, ...].
     """
@@ -151,7 +158,7 @@ def run(
                     ended |= relative_error(sums) <= tolerance
                 if ended.any():
                     outcome.take(index[ended], sums, np.flatnonzero(ended))
-                    outcome.samples[index[ended]] = stop // unit
+                    outcome.samples[index[ended]] = sums.drawn or 0
                     outcome.completed[index[ended]] = 1
                 if ended.all():
                     break
@@ -165,7 +172,7 @@ def run(
         if current is not None:
             index, sums = current
             outcome.take(index, sums, np.arange(len(index)))
-            outcome.samples[index] = done // unit
+            outcome.samples[index] = sums.drawn or 0
             outcome.completed[index] = done / samples
         if isinstance(stop, EvaluationError):
             stop.partial, stop.samples = outcome, int(outcome.samples.max(initial=0))
@@ -175,7 +182,7 @@ def run(
         full = int((outcome.completed == 1).sum())
         warnings.warn(
             f"interrupted: {full} of {count} example(s) are complete"
-            + (f", one group after {done // unit} of {samples // unit} samples" if done else "")
+            + (f", {len(current[0])} after {done} of {samples} samples" if current else "")
             + "; what was not computed is NaN",
             IncompleteWarning,
             stacklevel=2,

@@ -117,7 +117,6 @@ def features_of(
         for name, array in ids.items():
             part = local[which, start : start + array[0].size]
             start += array[0].size
-            part = part if len(array) > 1 or rows == 1 else part
             found[name] = part.reshape(len(which), *array.shape[1:])
         mine = (pairs % width)[np.isin(owner, which)].reshape(len(which), size)
         examples = np.arange(count) if rows == 1 else which

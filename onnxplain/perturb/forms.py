@@ -132,8 +132,7 @@ class Windows(Form):
         return block
 
     def emit(self, op: Emitter, fed: Mapping[str, ir.Value], name: str, like: ir.Value) -> ir.Value:
-        shape = self.shapes[name]
-        inside = None
+        shape, inside = self.shapes[name], None
         for axis, size in enumerate(shape):
             lo, hi = (
                 op.Slice(fed[f"{end}.{name}"], [axis], [axis + 1], [1]) for end in ("lo", "hi")
@@ -146,7 +145,7 @@ class Windows(Form):
                 op.Cast(there, to=like.dtype if is_float(like) else ir.DataType.FLOAT), spread
             )
             inside = there if inside is None else op.Mul(inside, there)
-        outside = op.Sub(1, inside) if inside is not None else None
+        outside = op.Sub(1, inside)
         return outside if is_float(like) else op.Cast(outside, to=ir.DataType.BOOL)
 
     def masks(

@@ -306,9 +306,9 @@ def _sides(graph: ir.Graph, of: ir.Value, wrt: Sequence[ir.Value]) -> list[ir.Va
     found: dict[ir.Value, None] = {}
     dependent, counting = edit.row_values(graph)
     for value in (v for n in behind for v in edit.reads(n)):
-        if value not in inside and value in dependent and value not in counting:
-            if value.producer() is not None and has_rows(value):
-                found[value] = None
+        beside = value in dependent and value not in inside and value not in counting
+        if beside and value.producer() is not None and has_rows(value):
+            found[value] = None
     return list(found)
 
 

@@ -92,8 +92,9 @@ def sliding_windows(
                 )
             if w < n and s > w:
                 raise InputError(
-                    f"strides: {list(stride)} was given for windows {list(size)} of '{name}', which "
-                    f"leaves out values between them (axis {axis}); give at most the window's length"
+                    f"strides: {list(stride)} was given for windows {list(size)} of '{name}', "
+                    f"which leaves out values between them (axis {axis}); give at most the "
+                    "window's length"
                 )
         found_strides[name] = stride
         steps[name] = tuple(
@@ -130,7 +131,7 @@ def _lengths(given: Any, shape: Sequence[int], what: str, name: str) -> tuple[in
     whole = all(isinstance(p, int | np.integer) and not isinstance(p, bool) for p in parts)
     if not whole or len(parts) != len(shape) or any(p < 1 for p in parts):
         raise InputError(
-            f"{what}: {given!r} was given for '{name}' of shape {list(shape)} (without the examples "
-            f"axis); give {len(shape)} positive integers"
+            f"{what}: {given!r} was given for '{name}' of shape {list(shape)} (without the "
+            f"examples axis); give {len(shape)} positive integers"
         )
     return tuple(int(p) for p in parts)

@@ -201,7 +201,8 @@ def draw(data: st.DataObject, method: str, name: str) -> tuple[list[str], dict[s
     if "feature_mask" in takes:
         features = sum(x[0].numel() for x in xs)
         if features > size or data.draw(st.booleans(), label="grouped"):
-            options["feature_mask"] = draw_mask(data, xs, size, net.total)
+            whole = net.total or "Permutation" in method
+            options["feature_mask"] = draw_mask(data, xs, size, whole)
     if "layer_mask" in takes or "layer_baselines" in takes:
         values = both.captums("LayerActivation", made[0], inputs=options["inputs"], **{
             k: v for k, v in options.items() if k == "attribute_to_layer_input"
