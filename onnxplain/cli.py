@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
@@ -43,6 +44,8 @@ _IN_PYTHON = {
     "ox.methods() lists": "'onnxplain methods' lists",
     "neuron_selector": "--neuron",
     "(baselines=)": "(--baseline FILE)",
+    "(feature_mask)": "(--segments, --option feature_mask=FILE.npy)",
+    "a feature_mask": "--segments or --option feature_mask=FILE.npy, with",
     "(n_steps)": "(--option n_steps=200)",
     "(n_samples)": "(--option n_samples=50)",
     "(nt_samples)": "(--option nt_samples=50)",
@@ -401,7 +404,7 @@ def methods(name: str | None, as_json: bool) -> None:
     click.echo(f"{info.title} ({info.name})\n{info.summary}\n")
     rows = [("paper", info.paper), ("needs", ", ".join(info.needs)), ("check", info.check)]
     typed = [
-        f"--option {key}={_typed(value)}"
+        f"--option {key}={'...  (needed)' if key in info.required else _typed(value)}"
         + (f"  (one of {', '.join(info.choices[key])})" if key in info.choices else "")
         for key, value in info.options.items()
         if not re.search("Callable|Transform", info.annotations[key])  # for Python alone
@@ -442,9 +445,16 @@ def _plain(value: Any) -> Any:
 )
 @click.option(
     "--baseline",
-    metavar="zero|mean|blur|FILE|NUMBER",
-    help="What absence looks like; for methods that take a distribution, a .npy or .csv with a row"
-    " for each baseline, in the model's units.",
+    metavar="zero|mean|blur|noise|inpaint|segment-mean|mask|FILE|background:FILE|NUMBER",
+    help="What absence looks like (mask: the tokenizer's token for it; background: the mean over"
+    " rows); for methods that take a distribution, a .npy or .csv with a row for each baseline, in"
+    " the model's units.",
+)
+@click.option(
+    "--segments",
+    metavar="slic|quickshift|felzenszwalb|watershed|FILE|none",
+    help="What of a picture is switched off together: slic:50 makes about 50 segments, a .npy has"
+    " their numbers, none takes each value by itself.",
 )
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the method.")
 @click.option("--seed", type=int, help="For methods that sample.")
@@ -460,6 +470,7 @@ def explain(
     layer: str | None,
     neuron: tuple[int, ...] | None,
     baseline: str | None,
+    segments: str | None,
     options: tuple[str, ...],
     seed: int | None,
     output: Path | None,
@@ -476,15 +487,21 @@ def explain(
     """Explain what MODEL answers to INPUT.
 
     INPUT is an image, .npy, .npz or .csv, or, for a text model, a .txt or the text itself; several
-    are explained together. NAME=INPUT is for the model's input of that name. Inputs that no
-    gradient reaches, such as a mask, are fed and not explained.
+    are explained together. NAME=INPUT is for the model's input of that name. Where a method takes
+    gradients, inputs that none reaches, such as a mask, are fed and not explained.
+
+    Methods that switch parts of a picture off take segments of it (slic:50) unless --segments or
+    an option says which. Ctrl-C ends a method that takes samples early and keeps what there is.
     """
     info = _method(method, {k: v for k, _, v in (o.partition("=") for o in options)})
     chosen = _method_options(options, info)
     if baseline is not None and not info.takes_baselines:
         raise click.UsageError(f"--baseline: method {info.name!r} has none")
+    if segments is not None and (twice := _GROUPED & chosen.keys()):
+        raise click.UsageError(f"--segments and --option {twice.pop()} say the same: leave out one")
+    if segments is not None and not _GROUPED & info.options.keys():
+        raise click.UsageError(f"--segments: method {info.name!r} takes none")
 
-    from .explain import explainable_inputs
     from .inputs import Preprocessing, find_preprocessing, load_baselines, load_inputs, read_labels
 
     given = Preprocessing(**flags, labels=read_labels(Path(labels)) if labels else None)
@@ -499,15 +516,14 @@ def explain(
         raise click.UsageError(
             f"{', '.join(pictorial)}: for pictures, and input {shown!r} takes {sample.display.kind}"
         )
-    # Of a text's arrays only the tokens mean anything; its mask is fed as it is.
-    explained = list(explainable_inputs(loaded, None if neuron is None else layer))
-    if sample.display.kind == "text":
-        explained = [shown]
-    explained = explained or list(sample.arrays)  # refused with the reason, or explained by a layer
+    explained = _explained(info, loaded, sample, None if neuron is None else layer)
+    chosen |= _grouping(info, sample, explained, segments, chosen)
+    if "show_progress" in info.options:
+        chosen.setdefault("show_progress", sys.stderr.isatty())
     rest = {name: x for name, x in sample.arrays.items() if name not in explained}
     baselines = None
     if baseline is not None:
-        baselines = load_baselines(baseline, sample, loaded.inputs, setting)
+        baselines = load_baselines(baseline, sample, loaded.inputs, setting, seed)
         if isinstance(baselines, dict):
             baselines = {name: x for name, x in baselines.items() if name in explained}
 
@@ -530,6 +546,77 @@ def explain(
         provenance=_provenance(inputs, sample, setting, baseline),
     )
     _deliver(explanation, output, save, as_json)
+
+
+_GROUPED = {"feature_mask", "segmentation"}
+# Up to so many values of a picture are each a feature, where the user does not say.
+_FEW_PIXELS = 256
+_SEGMENTS = {"shapley-values": "slic:10"}  # of which it takes every subset
+_SEGMENTS_OF_OTHERS = "slic:50"
+# Samples of a surrogate for each of its features.
+_SAMPLES = 20
+
+
+def _explained(info: Any, model: Model, sample: Sample, of: str | None) -> list[str]:
+    """The inputs that get attributions, the others being fed only."""
+    from .explain import explainable_inputs
+
+    shown = str(sample.display.input_name)
+    if sample.display.kind == "text":  # of whose arrays only the tokens mean anything
+        return [shown]
+    if "gradient" not in info.needs and "layer" not in info.needs:
+        return [name for name in sample.arrays if model.axes[name] is not None]
+    # With none it is refused with the reason, or explained by a layer.
+    return list(explainable_inputs(model, of)) or list(sample.arrays)
+
+
+def _grouping(
+    info: Any,
+    sample: Sample,
+    explained: list[str],
+    segments: str | None,
+    chosen: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Options that say what is switched off together; tells of those that were not asked for."""
+    import numpy as np
+
+    from .inputs import default_windows, load_segmentation, load_segments, token_features
+
+    if "sliding_window_shapes" in info.options:
+        if chosen.keys() & {"sliding_window_shapes", "strides"}:
+            return {}
+        windows, strides = default_windows(sample, explained)
+        told = {"sliding_window_shapes": windows, "strides": strides}
+        typed = [f"--option {k}={json.dumps(v).replace(' ', '')}" for k, v in told.items()]
+        click.echo(f"windows: {' '.join(typed)}", err=True)
+        return told
+    if segments is not None and "segmentation" in info.options:
+        return {"segmentation": load_segmentation(segments)}
+    if segments == "none" or "feature_mask" not in info.options or "feature_mask" in chosen:
+        return {}
+    name, picture = str(sample.display.input_name), sample.display.kind == "image"
+    size = sample.arrays[name][0].size
+    if segments is None and sample.display.kind == "text":
+        mask = token_features(sample)
+        return {} if mask is None else {"feature_mask": mask}
+    if segments is None and (not picture or size <= _FEW_PIXELS or name not in explained):
+        return {}
+    how = segments or _SEGMENTS.get(info.name, _SEGMENTS_OF_OTHERS)
+    mask = load_segments(how, sample)
+    count = int(mask[name].max()) + 1
+    told = f"{count} segments, not {size} values"
+    for other in explained:  # whose values are each a feature
+        if other != name:
+            values = sample.arrays[other][:1]
+            mask[other] = count + np.arange(values.size).reshape(values.shape)
+            count += values.size
+    made: dict[str, Any] = {"feature_mask": mask}
+    if "n_samples" in info.options and "fit" in info.check and "n_samples" not in chosen:
+        made["n_samples"] = max(_SAMPLES * count, info.options["n_samples"])
+        told += f", and n_samples={made['n_samples']}"
+    if segments is None:
+        click.echo(f"explained by {told}: --segments {how} (--segments none for values)", err=True)
+    return made
 
 
 _PICTORIAL = ("size", "resize", "crop", "scale", "mean", "std", "channels")
@@ -570,30 +657,51 @@ _TYPES: dict[str, tuple[type, str]] = {
     "int": (int, "a whole number"),
     "float": (float, "a number"),
     "str": (str, "a text"),
+    "tuple": (tuple, "numbers with commas between them"),
+    "Sequence": (tuple, "numbers with commas between them"),
     "None": (type(None), "none"),
 }
+_FILES = (".npy", ".npz", ".csv")
 
 
 def _option_types(info: Any, key: str) -> list[str]:
     """The names of the types that an option takes; empty: any."""
-    return re.findall(rf"\b({'|'.join(_TYPES)})\b", info.annotations[key])
+    outer, inner = info.annotations[key], ""
+    while outer != inner:  # what is in brackets are the types of elements
+        outer, inner = re.sub(r"\[[^][]*\]", "", outer), outer
+    return [] if "Any" in outer else re.findall(rf"\b({'|'.join(_TYPES)})\b", outer)
 
 
 def _option_value(key: str, text: str, types: Sequence[str]) -> Any:
-    """One value as typed: none, true, false in any case, a number, else text."""
+    """One value as typed: none, true, false in any case, numbers, a file where any, else text."""
+    if not types and text.endswith(_FILES):
+        return _array(text)
     word = {"none": "null"}.get(text.lower(), text.lower())
-    try:
-        value = json.loads(word if word in ("true", "false", "null") else text)
-    except json.JSONDecodeError:
-        value = text
+    value: Any = text
+    for reading in (word if word in ("true", "false", "null") else text, f"[{text}]"):
+        with suppress(json.JSONDecodeError):
+            value = _tuples(json.loads(reading))
+            break
     if type(value) is int and "float" in types and "int" not in types:
         value = float(value)
     if "str" in types and type(value) not in [_TYPES[name][0] for name in types]:
         value = text
     if types and type(value) not in [_TYPES[name][0] for name in types]:
-        wanted = " or ".join(_TYPES[name][1] for name in types)
+        wanted = " or ".join(dict.fromkeys(_TYPES[name][1] for name in types))
         raise click.UsageError(f"--option {key}={text}: must be {wanted}")
     return value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _array(file: str) -> Any:
+    """The array in a file; a dict of them by name for .npz."""
+    from .inputs.files import read_csv, read_npy, read_npz
+
+    path = Path(file)
+    return {".npy": read_npy, ".npz": read_npz}.get(path.suffix, lambda p: read_csv(p)[0])(path)
 
 
 def _typed(value: Any) -> str:
@@ -631,15 +739,25 @@ def _deliver(
 ) -> None:
     from . import view
 
+    shown = [i for i in range(len(explanation)) if view.common.completed(explanation, i) > 0]
     if output is not None:
-        for example in range(len(explanation)):
+        for example in shown:
             number = f"-{example + 1}" if len(explanation) > 1 else ""
             explanation.plot(output.with_stem(output.stem + number), example)
     if save is not None:
         explanation.save(save)
     if as_json:
-        return click.echo(explanation.to_json())
-    for example in range(len(explanation)):
+        click.echo(explanation.to_json())
+    for example in () if as_json else shown:
         if len(explanation) > 1:
             click.echo(f"{'' if not example else chr(10)}example {example + 1}")
         click.echo(view.terminal(explanation, example))
+    if "completed" in explanation.checks:
+        kept = ", ".join(str(path) for path in (output, save) if path is not None)
+        click.echo(
+            f"interrupted: what was computed is {f'in {kept}' if kept else 'above'}", err=True
+        )
+        click.get_current_context().exit(_INTERRUPTED)
+
+
+_INTERRUPTED = 130  # as shells have it

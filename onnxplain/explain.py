@@ -22,7 +22,7 @@ from onnxplain.methods.target import target_indices
 from onnxplain.model import Model, single
 from onnxplain.perturb.maskers import Background
 from onnxplain.result import Display, Explanation
-from onnxplain.run.feeds import Arrays, Feeds, in_form
+from onnxplain.run.feeds import Arrays, Feeds, by_name, in_form
 from onnxplain.run.session import runtime
 
 # A completeness gap above this share of the explained difference makes the numbers doubtful.
@@ -144,6 +144,7 @@ def explain(
         },
         checks=answer.checks,
         standard_errors=errors,
+        features=_feature_mask(options.get("feature_mask"), arrays) if by_inputs else {},
         provenance={**_provenance(model), **record, **(provenance or {})},
         display=display,
     )
@@ -175,6 +176,18 @@ def explainable_inputs(model: Model, of: str | None = None) -> tuple[str, ...]:
         return model.axes[value.name or ""] is not None
 
     return tuple(v.name or "" for v in model.graph.graph.inputs if reached(v))
+
+
+def _feature_mask(mask: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The features of attributions, of their rank."""
+    if mask is None:
+        return {}
+    named = {k: np.asarray(v) for k, v in by_name(mask, list(arrays), "feature_mask")[0].items()}
+    return {
+        k: v.reshape((1,) * (arrays[k].ndim - v.ndim) + v.shape)
+        for k, v in named.items()
+        if v.ndim <= arrays[k].ndim
+    }
 
 
 def _described(baselines: Any) -> str:

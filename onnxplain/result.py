@@ -25,7 +25,7 @@ Form = Literal["array", "tuple", "dict"]
 Kind = Literal["image", "table", "text", "series", "array"]
 Layout = Literal["NCHW", "NHWC", "NCL", "NLC"]
 
-_FORMAT, _VERSION = "onnxplain-explanation", 2  # 2: standard errors
+_FORMAT, _VERSION = "onnxplain-explanation", 2  # 2: standard errors, features
 _FIGURE_SUFFIXES = (".png", ".svg", ".pdf", ".html")
 
 
@@ -80,6 +80,8 @@ class Explanation:
     options: the method's options, JSON-able.
     checks: by name, one row per example (or per example and sample).
     standard_errors: of attributions that are estimates, by their names and of their shapes.
+    features: which values are one feature, where they were switched off together: integers by the
+        names of attributions, [1|N, ...] that broadcast to these.
     provenance: model path, digest, versions, providers, baselines; what the caller added.
     display: how to show the inputs; None: by their shape.
 
@@ -99,6 +101,7 @@ class Explanation:
     provenance: dict[str, str] = field(default_factory=dict)
     display: Display | None = None
     standard_errors: dict[str, np.ndarray] = field(default_factory=dict)
+    features: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.options = _plain(self.options)
@@ -120,6 +123,14 @@ class Explanation:
                 raise InputError(
                     f"standard errors of {name!r} have shape {list(array.shape)}, and there are no"
                     " attributions of that name and shape"
+                )
+        for name, array in self.features.items():
+            shape_of = self.arrays[name].shape if name in self.arrays else ()
+            fits = [m in (1, n) for m, n in zip(array.shape, shape_of, strict=False)]
+            if array.ndim != len(shape_of) or not all(fits):
+                raise InputError(
+                    f"features of {name!r} have shape {list(array.shape)}, and there are no"
+                    " attributions of that name that they broadcast to"
                 )
         if self.target is not None:
             index = self.target if self.target.ndim == 2 else self.target[..., None]
@@ -197,6 +208,13 @@ class Explanation:
         found = self.standard_errors.get(name)
         return None if found is None else self._row(found, example)
 
+    def feature_row(self, name: str, example: int = 0) -> np.ndarray | None:
+        """The feature of each of one example's values; None where each is a feature of its own."""
+        row, found = self.row(name, example), self.features.get(name)
+        if found is None:
+            return None
+        return np.broadcast_to(found[example if len(found) == len(self) else 0], row.shape)
+
     def _row(self, array: np.ndarray, example: int) -> np.ndarray:
         return np.asarray(array[example if array.shape[0] == len(self) else 0])
 
@@ -211,7 +229,7 @@ class Explanation:
 
         For each example: target, label and explained value, the `top` highest predictions, the
         checks, and per array the `top` largest attributions by absolute value, with their standard
-        errors where they are estimates, and the sum of all.
+        errors where they are estimates, and the sum of all. Values that are one feature count once.
         Non-finite numbers are the strings "nan", "inf", "-inf".
         """
         found: dict[str, Any] = _plain(
@@ -243,11 +261,19 @@ class Explanation:
 
     def _ranking(self, name: str, example: int, top: int) -> dict[str, Any]:
         row, errors = self.row(name, example), self.error_row(name, example)
-        found = [
-            {"index": _one_or_all(i), "value": row[i]}
-            | ({} if errors is None else {"standard_error": errors[i]})
-            for i in strongest(row, top)
-        ]
+        ids = self.feature_row(name, example)
+        if ids is not None:
+            numbers, first, sizes = np.unique(ids, return_index=True, return_counts=True)
+            row, errors = row.ravel()[first], None if errors is None else errors.ravel()[first]
+
+        def entry(i: tuple[int, ...]) -> dict[str, Any]:
+            place = {"index": _one_or_all(i)}
+            if ids is not None:
+                place = {"feature": numbers[i], "size": sizes[i]}
+            error = {} if errors is None else {"standard_error": errors[i]}
+            return {**place, "value": row[i], **error}
+
+        found = [entry(i) for i in strongest(row, top)]
         return {"sum": row.sum(dtype=np.float64), "top": found}
 
     def to_json(self, top: int = 5, indent: int | None = 2) -> str:
@@ -315,7 +341,7 @@ class Explanation:
         }
 
 
-_GROUPS = ("inputs", "arrays", "checks", "standard_errors")
+_GROUPS = ("inputs", "arrays", "checks", "standard_errors", "features")
 _ARRAYS: dict[type, tuple[str, ...]] = {
     Explanation: ("prediction", "target"),
     Display: ("images", "values"),

@@ -22,8 +22,11 @@ ALLOWED = {
     ),
     "result": ("errors", "view"),
     "view": ("errors", "result", "view"),
-    "inputs": ("errors", "inputs", "perturb.maskers", "result", "run.feeds"),
-    "explain": ("errors", "_version", "blackbox", "graph", "methods", "model", "result", "run"),
+    "inputs": ("errors", "inputs", "perturb.maskers", "perturb.segments", "result", "run.feeds"),
+    "explain": (
+        *("errors", "_version", "blackbox", "graph", "methods", "model", "perturb.maskers"),
+        *("result", "run"),
+    ),
 }
 
 

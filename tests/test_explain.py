@@ -75,7 +75,10 @@ def test_every_method_explains(net: ox.Model, name: str) -> None:
     layer = "h" if "layer" in info.needs else None
     neuron = 2 if "neuron" in info.needs else None
     baselines = X[::-1] if name.endswith("-shap") else None  # these need a distribution
-    explanation = ox.explain(net, X, name, layer=layer, neuron=neuron, baselines=baselines)
+    options = {"sliding_window_shapes": (1,)} if info.required else {}
+    explanation = ox.explain(
+        net, X, name, layer=layer, neuron=neuron, baselines=baselines, method_options=options
+    )
     assert explanation.attributions.shape == (5, 4)
     assert explanation.method == name
     assert info.summary

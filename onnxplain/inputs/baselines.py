@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import InputError
 from ..perturb.maskers import BY_FEATURE, MASKERS, Background, baseline
 from .preprocessing import InputSpec, Preprocessing

@@ -89,6 +89,11 @@ from onnxplain.methods.shapley import (
     ShapleyValues,
     ShapleyValueSampling,
 )
+from onnxplain.methods.surrogate import (
+    KernelShap,
+    Lime,
+    LimeBase,
+)
 
 __all__ = [
     "LRP",
@@ -117,6 +122,7 @@ __all__ = [
     "InputXGradient",
     "IntegratedGradients",
     "InternalInfluence",
+    "KernelShap",
     "LayerActivation",
     "LayerActivationGuidedBackprop",
     "LayerAttribution",
@@ -131,6 +137,8 @@ __all__ = [
     "LayerGradientXActivation",
     "LayerIntegratedGradients",
     "LayerLRP",
+    "Lime",
+    "LimeBase",
     "LinearApproximation",
     "MethodInfo",
     "NeuronConductance",
@@ -211,6 +219,9 @@ METHODS: tuple[type[Attribution], ...] = (
     NeuronFeatureAblation,
     ShapleyValues,
     ShapleyValueSampling,
+    LimeBase,
+    Lime,
+    KernelShap,
 )
 
 

@@ -8,7 +8,7 @@ on the features that were selected. The numbers are those of the lime package.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,16 +22,15 @@ from onnxplain.errors import (
     TargetError,
     UnsupportedModelError,
 )
+from onnxplain.methods import target as targets
 from onnxplain.methods.base import Question
 from onnxplain.methods.noise import positive
-from onnxplain.methods.perturbation import Found, PerturbationAttribution
-from onnxplain.methods.perturbation import _progress as progress
+from onnxplain.methods.perturbation import Found, PerturbationAttribution, _progress
 from onnxplain.model import Model
 from onnxplain.perturb.engine import games
 from onnxplain.perturb.features import Features
 from onnxplain.perturb.forms import Coalitions
-from onnxplain.perturb.game import Off, Play, Scores, Tick
-from onnxplain.perturb.graph_game import some
+from onnxplain.perturb.game import Off, Play, Tick
 from onnxplain.run.feeds import Feeds, all_finite
 
 PAPER = (
@@ -46,13 +45,15 @@ Kernel = Callable[[np.ndarray, float], np.ndarray]
 
 Metric = str | Callable[[np.ndarray, np.ndarray], float]
 
+# In place of a target: the scores of all labels.
+EVERY = object()
 # Up to so many features, "auto" selects them one by one.
 _FEW = 6
 # A column is a combination of others where this share of its square at most is left.
 _COLLINEAR = 1e-10
 
 
-# ---- weighted least squares -----------------------------------------------------------------------
+# ---- weighted least squares --------------------------------------------------------------------
 
 
 class Ridge:
@@ -64,7 +65,7 @@ class Ridge:
     def __init__(self, alpha: float = 1.0) -> None:
         self.alpha = alpha
 
-    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray) -> Ridge:  # noqa: N803
+    def fit(self, X: np.ndarray, y: np.ndarray, sample_weight: np.ndarray) -> Ridge:
         """Fit to samples [S, F] with values [S] and weights [S]."""
         x, z, mean, level = _centered(X, y, sample_weight)
         if x.shape[1] <= len(x):
@@ -75,13 +76,13 @@ class Ridge:
         self.intercept_ = float(level - mean @ self.coef_)
         return self
 
-    def predict(self, X: np.ndarray) -> np.ndarray:  # noqa: N803
+    def predict(self, X: np.ndarray) -> np.ndarray:
         """Values [S] of samples [S, F]."""
         return X @ self.coef_ + self.intercept_
 
     def standard_errors(
         self,
-        X: np.ndarray,  # noqa: N803
+        X: np.ndarray,
         y: np.ndarray,
         sample_weight: np.ndarray,
     ) -> np.ndarray:
@@ -107,7 +108,7 @@ def _centered(
 
 
 def r_squared(values: np.ndarray, fitted: np.ndarray, weights: np.ndarray) -> float:
-    """The weighted coefficient of determination; of constant values 1 where they are met, else 0."""
+    """The weighted coefficient of determination; for constant values 1 or 0."""
     missed = float(np.sum(weights * (values - fitted) ** 2))
     spread = float(np.sum(weights * (values - np.average(values, weights=weights)) ** 2))
     return 1 - missed / spread if spread else float(not missed)
@@ -177,7 +178,7 @@ def _lasso(x: np.ndarray, y: np.ndarray, count: int) -> np.ndarray:
     return used
 
 
-# ---- closeness ------------------------------------------------------------------------------------
+# ---- closeness ---------------------------------------------------------------------------------
 
 
 def exponential(distances: np.ndarray, width: float) -> np.ndarray:
@@ -212,7 +213,7 @@ def distances_from_first(samples: np.ndarray, metric: Metric) -> np.ndarray:
         ) from error
 
 
-# ---- the explanation of an instance -----------------------------------------------------------------
+# ---- the explanation of an instance ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ class Local:
         score: weighted R² over the samples.
         prediction: its value at the explained instance.
         row: the weight of every feature, [F]; 0 where it was not selected.
-        errors: standard errors of these over other samples, [F]; None for a regressor of the user's.
+        errors: standard errors of these over other samples, [F]; None for a user's regressor.
     """
 
     intercept: float
@@ -243,7 +244,7 @@ class Surrogate:
     Args:
         num_features: how many features it may use; None: all.
         distance_metric: see :func:`distances_from_first`.
-        kernel_width: width of the kernel, in units of the distance.
+        kernel_width: width of the kernel, in units of the distance; None: 0.75 sqrt(F).
         kernel: weights by distances and width; default :func:`exponential`.
         feature_selection: see :func:`select`.
         model_regressor: anything with scikit-learn's ``fit(X, y, sample_weight)``, ``coef_`` and
@@ -253,7 +254,7 @@ class Surrogate:
 
     num_features: int | None
     distance_metric: Metric
-    kernel_width: float
+    kernel_width: float | None
     kernel: Kernel | None = None
     feature_selection: str = "auto"
     model_regressor: Any = None
@@ -262,7 +263,8 @@ class Surrogate:
     def __post_init__(self) -> None:
         if self.num_features is not None:
             positive(self.num_features, "num_features")
-        if not np.isfinite(self.kernel_width) or self.kernel_width <= 0:
+        width = 1.0 if self.kernel_width is None else self.kernel_width
+        if not np.isfinite(width) or width <= 0:
             raise InputError(f"kernel_width must be a positive number, not {self.kernel_width!r}")
         if self.feature_selection not in SELECTIONS:
             raise InputError(
@@ -279,9 +281,10 @@ class Surrogate:
 
     def weights(self, samples: np.ndarray) -> np.ndarray:
         """How much each sample counts, [S]."""
-        samples = samples.astype(np.float64)
+        samples, width = samples.astype(np.float64), self.kernel_width
         found = (self.kernel or exponential)(
-            self.unit * distances_from_first(samples, self.distance_metric), self.kernel_width
+            self.unit * distances_from_first(samples, self.distance_metric),
+            0.75 * np.sqrt(samples.shape[1]) if width is None else float(width),
         )
         weights = np.asarray(found, np.float64)
         if weights.shape != (len(samples),) or not all_finite(weights) or weights.min() < 0:
@@ -363,11 +366,18 @@ class LimeExplanation:
             samples, and its value at the explained instance.
         top_labels: the labels by falling score where ``top_labels`` were asked for, else None.
         predict_proba: scores of the instance, [K].
+        class_names: of the labels, where they are known.
     """
 
-    def __init__(self, predict_proba: np.ndarray, top_labels: list[int] | None) -> None:
+    def __init__(
+        self,
+        predict_proba: np.ndarray,
+        top_labels: list[int] | None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         self.predict_proba = predict_proba
         self.top_labels = top_labels
+        self.class_names = class_names
         self.local_exp: dict[int, list[tuple[int, float]]] = {}
         self.intercept: dict[int, float] = {}
         self.score: dict[int, float] = {}
@@ -462,12 +472,12 @@ def random_numbers(given: int | np.random.RandomState | None) -> np.random.Rando
     if given is not None:
         positive(given, "random_state", 0)
     try:
-        return np.random.RandomState(given)  # noqa: NPY002  the lime package's samples
+        return np.random.RandomState(given)
     except ValueError as error:
         raise InputError(f"random_state {given!r}: {error}") from None
 
 
-# ---- samples and their scores -----------------------------------------------------------------------
+# ---- samples and their scores ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -478,13 +488,13 @@ class Sampled:
         samples: [S, F]; the first is the example.
         scores: [S, K], or those of the first samples where the evaluation was stopped.
         stopped: what stopped it.
-        ids: which feature each element of the example belongs to, of its shape.
+        ids: which feature each element of the example belongs to, of its shape; -1: none.
     """
 
     samples: np.ndarray
     scores: np.ndarray
     stopped: BaseException | None = None
-    ids: np.ndarray = field(default_factory=lambda: ONE)
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def complete(self) -> tuple[np.ndarray, np.ndarray]:
         """Samples and scores, those of the first samples where the user interrupted.
@@ -515,6 +525,7 @@ class LimeAttribution(PerturbationAttribution):
         model: the model, or a ``BlackBox``.
         kernel_width, kernel, feature_selection: see :class:`Surrogate`.
         random_state: seed (or numpy's RandomState) of ``explain_instance``.
+        class_names: of the labels; None: those that the model carries.
     """
 
     paper = PAPER
@@ -529,14 +540,16 @@ class LimeAttribution(PerturbationAttribution):
     def __init__(
         self,
         model: Model,
-        kernel_width: float,
+        kernel_width: float | None,
         kernel: Kernel | None = None,
         feature_selection: str = "auto",
         random_state: int | np.random.RandomState | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(model)
         self.kernel_width, self.kernel = kernel_width, kernel
         self.feature_selection = feature_selection
+        self.class_names = model.labels if class_names is None else list(class_names)
         self._random = random_numbers(random_state)
         self._surrogate(None, "cosine", None)  # what does not fit is refused where it is given
 
@@ -593,7 +606,7 @@ class LimeAttribution(PerturbationAttribution):
         found = Found([values], [errors] if model_regressor is None else [], figures=figures)
         stopped: BaseException | None = None
         rows = shape[0] * num_samples
-        with progress(f"{self.title} attribution", rows, show_progress) as tick:
+        with _progress(f"{self.title} attribution", rows, show_progress) as tick:
             for example in range(shape[0]):
                 random = random_numbers(seed)
                 drawn = self._sampled(question, example, random, num_samples, tick, **options)
@@ -602,7 +615,7 @@ class LimeAttribution(PerturbationAttribution):
                     local = fit.fit(drawn.samples[:done], drawn.scores[:, 0])
                     for array, row in ((values, local.row), (errors, local.errors)):
                         if row is not None:
-                            array[example, 0] = row[drawn.ids]
+                            array[example, 0] = np.append(row, 0.0)[drawn.ids]
                     figures["fit"][example], figures["samples"][example] = local.score, done
                 if stopped is not None:
                     break
@@ -619,49 +632,58 @@ class LimeAttribution(PerturbationAttribution):
 
     # ---- evaluation --------------------------------------------------------------------------
 
+    def _select(
+        self, of: ir.Value, selector: Any, shape: tuple[int, ...], count: int, at_once: bool
+    ) -> tuple[targets.Seeds, np.ndarray | None]:
+        if selector is EVERY and not at_once:
+            return targets.mask_seeds(np.ones((1, *shape))), None
+        return super()._select(of, selector, shape, count, at_once)
+
     def _present(
         self,
-        feeds: Feeds,
+        question: Question,
+        example: int,
         z: np.ndarray,
         ids: np.ndarray,
         off: np.ndarray,
         *,
         tick: Tick,
-        scores: Scores | None = None,
         at_most: int | None = None,
     ) -> Iterator[np.ndarray]:
         """Scores of one example with some of its features present, [S, K] piece by piece.
 
         Args:
-            feeds: the example.
+            question: the question.
+            example: which example.
             z: which features are present, boolean [S, F].
             ids: which feature an element is of, broadcastable to the example.
             off: what takes the place of elements of absent features, of its shape.
             tick: told how many rows have been evaluated.
-            scores: which are wanted; None: all.
             at_most: the most samples of one run.
         """
         from onnxplain.kernels.coalitions import pack
 
-        (name,) = feeds.explained
-        x = feeds.arrays[name]
+        name = question.wrt[0].name or ""
+        x, place = question.feeds.arrays[name], np.array([example])
         # Sessions are made for a number of features: a round one serves many pictures.
         count = -(-z.shape[1] // 64) * 64
-        features = Features({name: x.shape}, {name: ids[None]}, count, np.arange(count)[None], ONE)
-        packed, of = pack(z), self.model.output
+        features = Features(
+            {name: x.shape}, {name: ids[None]}, count, np.arange(count)[None], place
+        )
+        packed = pack(z)
         play = Play(
             self.model,
-            feeds,
-            of,
-            (source(self.model, name),),
+            question.feeds,
+            question.of,
+            question.wrt,
             Coalitions(features),
             Off({name: off[None, None].astype(x.dtype)}),
-            scores or Scores(),
+            self._scores(question),
             at_once=False,
-            shape=self._trailing(of, feeds, False),
+            shape=question.shape,
             at_most=None if at_most is None else positive(at_most, "batch_size"),
         )
-        ((game, _),) = games(play, len(z), ONE)
+        ((game, _),) = games(play, len(z), place)
         game.tick = tick
         for _, _, found in game.stream(lambda piece: {"z": packed[piece]}, 0, len(z)):
             yield found[:, 0]
@@ -685,23 +707,20 @@ class LimeAttribution(PerturbationAttribution):
         count, known, done = int(numbers.max()) + 1, np.empty((0, 0)), 0
         for start in range(0, count, at_once):
             feeds = render(slice(start, min(start + at_once, count)))
-            found = checked_scores(self._predict(feeds), feeds.count)
+            found = checked_scores(predict(self.model, feeds), feeds.count)
             known = np.concatenate([known, found]) if len(known) else found
             stop = int(np.argmax(np.append(numbers, count) >= len(known)))
             tick(stop - done)
             yield known[numbers[done:stop]]
             done = stop
 
-    def _predict(self, feeds: Feeds) -> np.ndarray:
-        """Values of the explained output, examples first."""
-        if not isinstance(self.model, Model):
-            return self.model.evaluate(feeds.arrays)
-        name = self.model.output.name or ""
-        return self.model.run(self.model.forward([name]), feeds)[name]
 
-
-ONE = np.zeros(1, np.int64)
-"""The only example there is."""
+def predict(model: Any, feeds: Feeds) -> np.ndarray:
+    """Values of the explained output, examples first."""
+    if not isinstance(model, Model):
+        return np.asarray(model.evaluate(feeds.arrays))
+    name = model.output.name or ""
+    return model.run(model.forward([name]), feeds)[name]
 
 
 def collected(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, BaseException | None]:
@@ -722,26 +741,8 @@ def distinct(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return z[first[order]], np.argsort(order)[numbers.ravel()]
 
 
-def target_scores(question: Question, example: int) -> Scores:
-    """The score of an example's target."""
-    columns = flat_target(question, example)
-    return Scores() if columns is None else Scores(np.array([[columns]]))
-
-
 def flat_target(question: Question, example: int) -> int | None:
     """The place of an example's target among the values of the output; None: there is only one."""
     if question.indices is None:
         return None
     return int(np.ravel_multi_index(tuple(question.indices[example]), question.shape))
-
-
-def one_of(model: Model, feeds: Feeds, example: int) -> Feeds:
-    """One of the examples."""
-    return some(feeds, np.array([example]), model)
-
-
-def source(model: Any, name: str) -> ir.Value:
-    """An input of the model."""
-    if isinstance(model, Model):
-        return next(v for v in model.graph.graph.inputs if v.name == name)
-    return ir.Value(name=name)

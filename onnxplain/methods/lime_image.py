@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +12,7 @@ from onnxplain.errors import InputError
 from onnxplain.graph.emit import dims
 from onnxplain.methods.base import Question
 from onnxplain.methods.lime_common import (
+    EVERY,
     SELECTIONS,
     Kernel,
     LimeAttribution,
@@ -21,11 +22,9 @@ from onnxplain.methods.lime_common import (
     chosen_labels,
     collected,
     distinct,
-    one_of,
-    progress,
-    target_scores,
 )
 from onnxplain.methods.noise import positive
+from onnxplain.methods.perturbation import _progress
 from onnxplain.methods.spatial import channel_axis
 from onnxplain.model import Model
 from onnxplain.perturb.game import Tick
@@ -60,8 +59,9 @@ class ImageExplanation(LimeExplanation):
         segments: np.ndarray,
         predict_proba: np.ndarray,
         top_labels: list[int] | None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(predict_proba, top_labels)
+        super().__init__(predict_proba, top_labels, class_names)
         self.image, self.segments = image, segments
 
     def get_image_and_mask(
@@ -252,16 +252,17 @@ class LimeImage(LimeAttribution):
         z = _coalitions(self._random, num_samples, segments)
         hidden = _hidden(picture, segments, hide_color)
         make = self.preprocess or (lambda batch: _laid_out(batch, axis))
-        x, off = (self.model.feeds(make(i[None])) for i in (picture, hidden))
+        question = self._ask(make(picture[None]), EVERY, None)
+        off = self.model.feeds(make(hidden[None]))
 
         def perturbed(z: np.ndarray) -> Feeds:
             return self.model.feeds(make(np.where(z[:, segments][..., None], picture, hidden)))
 
-        ids = _ids(segments, perturbed, x, off)
-        with progress(self.title, num_samples, progress_bar) as tick:
+        ids = _ids(segments, perturbed, question.feeds, off)
+        with _progress(f"{self.title} attribution", num_samples, progress_bar) as tick:
             if ids is not None:
-                hidden = off.arrays[x.explained[0]][0]
-                parts = self._present(x, z, ids, hidden, tick=tick, at_most=batch_size)
+                gone = off.arrays[off.explained[0]][0]
+                parts = self._present(question, 0, z, ids, gone, tick=tick, at_most=batch_size)
             else:
                 size = batch_size or max(_BATCH_BYTES // picture.nbytes, 1)
                 rows, numbers = distinct(z)
@@ -270,7 +271,7 @@ class LimeImage(LimeAttribution):
             sampled = Sampled(z, *collected(parts))
         samples, scores = sampled.complete()
         wanted, top = chosen_labels(scores[0], labels, top_labels)
-        explanation = ImageExplanation(picture, segments, scores[0], top)
+        explanation = ImageExplanation(picture, segments, scores[0], top, self.class_names)
         fit.explain(explanation, samples, scores, wanted)
         return explanation
 
@@ -283,8 +284,8 @@ class LimeImage(LimeAttribution):
         tick: Tick,
         **options: Any,
     ) -> Sampled:
-        feeds, (value,) = one_of(self.model, question.feeds, example), question.wrt
-        x = feeds.arrays[value.name or ""][0]
+        (value,) = question.wrt
+        x = question.feeds.arrays[value.name or ""][example]
         axis = self._channels(value, x.shape)
         picture = x[:, :, None] if axis is None else np.moveaxis(x, axis, -1)
         random.randint(0, high=1000)  # as explain_instance
@@ -292,15 +293,8 @@ class LimeImage(LimeAttribution):
         z = _coalitions(random, count, segments)
         off = _laid_out(_hidden(picture, segments, options["hide_color"])[None], axis)[0]
         ids = _spread(segments, axis)
-        parts = self._present(
-            feeds,
-            z,
-            ids,
-            off,
-            tick=tick,
-            scores=target_scores(question, example),
-            at_most=options["batch_size"],
-        )
+        size = options["batch_size"]
+        parts = self._present(question, example, z, ids, off, tick=tick, at_most=size)
         return Sampled(z, *collected(parts), np.broadcast_to(ids, x.shape))
 
     def _image(self, given: Any) -> tuple[np.ndarray, int | None]:

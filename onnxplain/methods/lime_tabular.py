@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxplain.errors import InputError, UnsupportedModelError
+from onnxplain.errors import InputError
+from onnxplain.graph.emit import is_float
 from onnxplain.methods.base import Question
+from onnxplain.methods.baselines import distributions
 from onnxplain.methods.lime_common import (
     NEEDS_SKLEARN,
     SELECTIONS,
@@ -21,12 +23,12 @@ from onnxplain.methods.lime_common import (
     chosen_labels,
     collected,
     flat_target,
-    progress,
-    random_numbers,
 )
 from onnxplain.methods.noise import positive
+from onnxplain.methods.perturbation import Found
 from onnxplain.model import Model
 from onnxplain.perturb.game import Tick
+from onnxplain.perturb.graph_game import some
 from onnxplain.run.feeds import Arrays, Feeds, all_finite
 
 MODES = ("classification", "regression")
@@ -127,14 +129,14 @@ class Training:
     """What samples are drawn from.
 
     Attributes:
-        width: how many columns.
-        bins: those of the columns that are cut.
+        cut: whether continuous columns are cut into bins.
+        bins: those of the columns that are.
         values, shares: of each column that is drawn from a list (cut or categorical), its different
             bin numbers or values, and how often each occurs.
         mean, scale: [F] of the other columns; 0 and 1 elsewhere.
     """
 
-    width: int
+    cut: bool
     bins: Mapping[int, Bins]
     values: Mapping[int, np.ndarray]
     shares: Mapping[int, np.ndarray]
@@ -198,7 +200,12 @@ class Training:
             values[column], counts = np.unique(drawn[:, column], return_counts=True)
             shares[column] = counts / float(len(table))
             mean[column], scale[column] = 0, 1
-        return Training(width, bins, values, shares, mean, scale)
+        return Training(discretizer is not None, bins, values, shares, mean, scale)
+
+    @property
+    def width(self) -> int:
+        """How many columns there are."""
+        return len(self.mean)
 
     def around(
         self,
@@ -244,6 +251,10 @@ class Training:
         return (seen - self.mean) / self.scale, inside
 
 
+def _normal(random: np.random.RandomState, count: int, width: int) -> np.ndarray:
+    return random.normal(0, 1, count * width).reshape(count, width)
+
+
 def _hypercube(random: np.random.RandomState, count: int, width: int) -> np.ndarray:
     """Standard normal numbers [count, width], in each column one in each of ``count`` equal shares.
 
@@ -271,8 +282,9 @@ class TabularExplanation(LimeExplanation):
         mode: str,
         predict_proba: np.ndarray,
         top_labels: list[int] | None,
+        class_names: Sequence[str] | None,
     ) -> None:
-        super().__init__(predict_proba, top_labels)
+        super().__init__(predict_proba, top_labels, class_names)
         self.names, self.mode = list(names), mode
 
     def feature_name(self, feature: int) -> str:
@@ -344,18 +356,205 @@ class LimeTabular(LimeAttribution):
                 f"discretizer is one of {', '.join(DISCRETIZERS)}, or a function of a column, not "
                 f"{discretizer!r}"
             )
-        self.mode, self.class_names = mode, class_names
+        self.mode = mode
         self.feature_names = None if feature_names is None else list(feature_names)
         self.categorical_features = sorted({int(c) for c in categorical_features or ()})
         self.categorical_names = dict(categorical_names or {})
         self.discretizer = discretizer if discretize_continuous else None
         self.sample_around_instance = sample_around_instance
-        random = random_numbers(random_state)
+        super().__init__(model, kernel_width, kernel, feature_selection, random_state, class_names)
         self.training: Training | None = None
+        self.training_labels = training_labels
         if training_data is not None:
-            self.training = self._trained(training_data, training_labels, random)
-        super().__init__(model, kernel_width or 1.0, kernel, feature_selection, random)
-        self.kernel_width = kernel_width  # type: ignore[assignment]
+            self.training = self._trained(training_data)
 
-    def _trained(self, data: Any, labels: Any, random: np.random.RandomState) -> Training:
-        return Training.of(data, labels, self.categorical_features, self.discretizer, random)
+    def attribute(
+        self,
+        inputs: Arrays,
+        baselines: Any = None,
+        target: Any = None,
+        num_samples: int = 5000,
+        num_features: int | None = None,
+        distance_metric: str | Metric = "euclidean",
+        model_regressor: Any = None,
+        sampling_method: str = "gaussian",
+        additional_forward_args: Arrays = None,
+        *,
+        seed: int | None = None,
+        return_standard_error: bool = False,
+        show_progress: bool = False,
+    ) -> Any:
+        """Explain rows.
+
+        Args:
+            inputs: [N, F].
+            baselines: training data [rows, F], where the constructor was given none.
+            target: the explained value of the output (see ``Saliency``).
+            num_samples: how many samples, the row itself among them.
+            num_features: the most columns that get a weight; None: all.
+            distance_metric: of a sample from the row: "euclidean", "cosine", another of
+                ``scipy.spatial.distance.cdist``, or a function of two.
+            model_regressor: anything with scikit-learn's ``fit(X, y, sample_weight)``, ``coef_``
+                and ``predict``; None: ridge regression.
+            sampling_method: "gaussian", or "lhs", a Latin hypercube (of columns that are not cut).
+            additional_forward_args: the model's other inputs.
+            seed: the samples depend on it alone; None draws one.
+            return_standard_error: also return how far the weights are off, typically.
+            show_progress: show a progress bar on standard error.
+
+        Returns:
+            [N, F] (in the form of the inputs); with ``return_standard_error`` a pair of these.
+
+        Raises:
+            InputError: no training data, or of another width; an option out of range.
+            EvaluationError: the model answers NaN.
+        """
+        return self._call(locals())
+
+    def explain_instance(
+        self,
+        data_row: np.ndarray,
+        labels: Iterable[int] = (1,),
+        top_labels: int | None = None,
+        num_features: int | None = 10,
+        num_samples: int = 5000,
+        distance_metric: Metric = "euclidean",
+        model_regressor: Any = None,
+        sampling_method: str = "gaussian",
+    ) -> TabularExplanation:
+        """Explain a row as the explainer of tables of the lime package does.
+
+        Args:
+            data_row: [F].
+            labels: what is explained where ``top_labels`` is None (in classification).
+            top_labels: explain so many labels with the highest scores instead.
+            num_features, num_samples, distance_metric, model_regressor, sampling_method: see
+                :meth:`attribute`.
+
+        Raises:
+            InputError, EvaluationError: as :meth:`attribute`.
+            TargetError: a label is out of range.
+        """
+        training = self._checked(self.training, sampling_method)
+        row = np.asarray(data_row)
+        if row.shape != (training.width,) or row.dtype.kind not in "fiub":
+            raise InputError(
+                f"data_row is {row.dtype} of shape {list(row.shape)}, but training_data has "
+                f"{training.width} columns: give numbers [{training.width}]"
+            )
+        fit = self._surrogate(num_features, distance_metric, model_regressor)
+        count = positive(num_samples, "num_samples", 2)
+        around, sampling = self.sample_around_instance, sampling_method
+        seen, rows = training.around(row, count, self._random, around, sampling)
+
+        def render(piece: slice) -> Feeds:
+            return self.model.feeds(self._typed(rows[piece]))
+
+        parts = self._answers(np.arange(count), render, _ROWS, tick=lambda rows: None)
+        samples, scores = Sampled(seen, *collected(parts)).complete()
+        if self.mode == "regression" and scores.shape[1] != 1:
+            raise InputError(
+                f"mode='regression' explains one value a row, and the model gives {scores.shape[1]}"
+            )
+        regression = self.mode == "regression"
+        wanted, top = ([0], None) if regression else chosen_labels(scores[0], labels, top_labels)
+        names = [self._name(training, column, row) for column in range(training.width)]
+        explanation = TabularExplanation(names, self.mode, scores[0], top, self.class_names)
+        fit.explain(explanation, samples, scores, wanted)
+        if regression:
+            for figures in (explanation.intercept, explanation.score, explanation.local_pred):
+                figures[1] = figures[0]
+            explanation.local_exp[1] = explanation.local_exp[0]
+            explanation.local_exp[0] = [(f, -w) for f, w in explanation.local_exp[1]]
+        return explanation
+
+    def _find(self, question: Question, **options: Any) -> Found:
+        baselines, sampling = options.pop("baselines"), options.pop("sampling_method")
+        training = self.training
+        if baselines is not None:
+            found = distributions(self.model, question.feeds, baselines)
+            training = self._trained(next(iter(found.values())))
+        training = self._checked(training, sampling)
+        shape = question.feeds.arrays[question.wrt[0].name or ""].shape
+        if shape[1:] != (training.width,):
+            raise InputError(
+                f"the input has shape {list(shape)}, but training_data has {training.width} "
+                f"columns: give [N, {training.width}]"
+            )
+        return super()._find(question, training=training, sampling=sampling, **options)
+
+    def _sampled(
+        self,
+        question: Question,
+        example: int,
+        random: np.random.RandomState,
+        count: int,
+        tick: Tick,
+        **options: Any,
+    ) -> Sampled:
+        feeds, name = question.feeds, question.wrt[0].name or ""
+        row, around = feeds.arrays[name][example], self.sample_around_instance
+        training: Training = options["training"]
+        seen, rows = training.around(row, count, random, around, options["sampling"])
+        rows, column = self._typed(rows), flat_target(question, example) or 0
+
+        def render(piece: slice) -> Feeds:
+            same = some(feeds, np.full(piece.stop - piece.start, example), self.model)
+            return replace(same, arrays={**same.arrays, name: rows[piece].astype(row.dtype)})
+
+        parts = self._answers(np.arange(count), render, _ROWS, tick=tick)
+        scores, stopped = collected(parts)
+        return Sampled(seen, scores[:, column : column + 1], stopped, np.arange(training.width))
+
+    def _trained(self, data: Any) -> Training:
+        labels, cut = self.training_labels, self.discretizer
+        return Training.of(data, labels, self.categorical_features, cut, self._random)
+
+    def _checked(self, training: Training | None, sampling: str) -> Training:
+        """The training data, where there are some and samples can be drawn so."""
+        if training is None:
+            raise InputError(
+                "there is no training data to draw samples from: give training_data "
+                "(LimeTabular(model, training_data)), or rows of it as baselines"
+            )
+        if self.feature_names is not None and len(self.feature_names) != training.width:
+            raise InputError(
+                f"{len(self.feature_names)} feature_names for {training.width} columns: give one "
+                "each"
+            )
+        if sampling not in SAMPLINGS:
+            raise InputError(f"sampling_method is one of {', '.join(SAMPLINGS)}, not {sampling!r}")
+        if sampling == "lhs" and training.cut:
+            raise InputError(
+                "sampling_method='lhs' draws columns that are not cut into bins: use it with "
+                "discretize_continuous=False"
+            )
+        return training
+
+    def _typed(self, rows: np.ndarray) -> np.ndarray:
+        """Samples as the model takes them: whole numbers where it takes integers."""
+        model: Any = self.model
+        if not isinstance(model, Model):
+            return rows
+        value = model.graph.graph.inputs[0]
+        if is_float(value) or value.dtype is None:
+            return rows
+        whole = rows.astype(value.dtype.numpy())
+        if not np.array_equal(whole, rows):
+            raise InputError(
+                f"input '{value.name}' takes {value.dtype.name.lower()}, and samples of continuous "
+                "columns are no whole numbers: name its columns in categorical_features"
+            )
+        return whole
+
+    def _name(self, training: Training, column: int, row: np.ndarray) -> str:
+        """A column and what the row has there."""
+        name = str(column) if self.feature_names is None else self.feature_names[column]
+        if column in training.bins:
+            bins = training.bins[column]
+            return bins.name(int(bins.number(row[column])), name)
+        if column not in training.values:
+            return name
+        number = int(row[column])
+        known = self.categorical_names.get(column)
+        return f"{name}={number if known is None else known[number]}"

@@ -65,13 +65,15 @@ class Found:
 
     Attributes:
         values, errors: attributions and their standard errors (none where nothing is random).
-        columns: attributions by feature [N, K, features], for the user's feature numbers in order.
+        columns, column_errors: the same by feature [N, K, features], for the user's feature numbers
+            in order.
         figures: figures by name, [N].
     """
 
     values: list[np.ndarray]
     errors: list[np.ndarray] = field(default_factory=list)
     columns: np.ndarray | None = None
+    column_errors: np.ndarray | None = None
     figures: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -363,6 +365,9 @@ class PerturbationAttribution(Attribution):
         return whole
 
 
+_COLUMNS = {"values": "columns", "errors": "column_errors"}
+
+
 def _merged(
     whole: Found | None,
     outcome: engine.Outcome,
@@ -386,17 +391,21 @@ def _merged(
             k: [np.full((rows, *a.shape[1:]), np.nan) for a in arrays]
             for k, arrays in spread.items()
         }
-        columns = np.zeros((rows, outputs, len(numbers))) if by_feature else None
-        whole = Found(**empty, columns=columns)
+        whole = Found(**empty)
+        for kind, name in _COLUMNS.items():
+            if by_feature and kind in parts:
+                setattr(whole, name, np.zeros((rows, outputs, len(numbers))))
     for kind, arrays in spread.items():
         for full, part in zip(getattr(whole, kind), arrays, strict=True):
             full[index] = part
-    if whole.columns is not None:
-        at = np.searchsorted(numbers, group.given)
-        wide = np.broadcast_to(at[:, None], (len(index), outputs, group.count))
-        mine = whole.columns[index]
-        np.put_along_axis(mine, wide, outcome.values, axis=2)
-        whole.columns[index] = mine
+    for kind, name in _COLUMNS.items():
+        columns = getattr(whole, name)
+        if columns is not None and kind in parts:
+            at = np.searchsorted(numbers, group.given)
+            wide = np.broadcast_to(at[:, None], (len(index), outputs, group.count))
+            mine = columns[index]
+            np.put_along_axis(mine, wide, parts[kind], axis=2)
+            columns[index] = mine
     named = {"completed": outcome.completed, **outcome.extra}
     if outcome.samples.any():
         named["samples"] = outcome.samples

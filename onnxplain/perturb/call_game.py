@@ -19,18 +19,17 @@ _CALL_BYTES = 1 << 26
 class CallGame(Game):
     """A callable's scores."""
 
-    def __init__(self, play: Play, index: np.ndarray, place: slice) -> None:
-        super().__init__(play, index)
-        self._set(np.arange(place.start, place.stop))
+    def __init__(self, play: Play, index: np.ndarray, place: np.ndarray) -> None:
+        super().__init__(play, index, place)
+        self._set()
 
-    def _set(self, place: np.ndarray) -> None:
-        self._place = place
+    def _set(self) -> None:
         self._arrays = some(self.play.feeds, self.index, self.play.model).arrays
-        self._shared = self.play.form.shared(place)
+        self._shared = self.play.form.shared(self.place)
 
     def keep(self, kept: np.ndarray) -> None:
         super().keep(kept)
-        self._set(self._place[kept])
+        self._set()
 
     @staticmethod
     def rows_at_once(play: Play) -> int:

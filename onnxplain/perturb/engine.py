@@ -100,9 +100,9 @@ def games(play: Play, samples: int, examples: np.ndarray) -> Iterator[tuple[Game
         size = max(CallGame.rows_at_once(play) // (samples * play.off.count), 1)
     for start in range(0, len(examples), size):
         place = slice(start, min(start + size, len(examples)))
-        index = examples[place]
+        index, at = examples[place], np.arange(place.start, place.stop)
         yield (
-            (CallGame(play, index, place) if graph is None else GraphGame(graph, index, place)),
+            (CallGame(play, index, at) if graph is None else GraphGame(graph, index, at)),
             place,
         )
 

@@ -111,10 +111,11 @@ class Game:
     Args:
         play: what is evaluated.
         index: the examples [E], by their number among the inputs.
+        place: where they are in the form's arrays, [E].
     """
 
-    def __init__(self, play: Play, index: np.ndarray) -> None:
-        self.play, self.index = play, index
+    def __init__(self, play: Play, index: np.ndarray, place: np.ndarray) -> None:
+        self.play, self.index, self.place = play, index, place
         self.count = 1 if play.at_once else len(index)
         self.tick: Tick = lambda rows: None
         self._seen: _Seen | None = None
@@ -125,7 +126,8 @@ class Game:
 
     def keep(self, kept: np.ndarray) -> None:
         """Go on with some of the examples only (a boolean mask [E])."""
-        self.index, self.count = self.index[kept], int(kept.sum())
+        self.index, self.place = self.index[kept], self.place[kept]
+        self.count = int(kept.sum())
         if self._seen is not None:
             self._seen.keep(kept)
 

@@ -28,22 +28,22 @@ _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 class GraphGame(Game):
     """A model's scores; ``graph`` is shared by the games of one play."""
 
-    def __init__(self, graph: Graph, index: np.ndarray, place: slice) -> None:
-        super().__init__(graph.play, index)
+    def __init__(self, graph: Graph, index: np.ndarray, place: np.ndarray) -> None:
+        super().__init__(graph.play, index, place)
         self._graph = graph
-        self._set(np.arange(place.start, place.stop))
+        self._set()
 
-    def _set(self, place: np.ndarray) -> None:
-        """Make ready what is fed once for the examples; ``place``: where they are in the form."""
-        self._place, size = place, self._graph.examples
+    def _set(self) -> None:
+        """Make ready what is fed once for the examples."""
+        size = self._graph.examples
         short = size is not None and size - len(self.index)
-        index, where = (np.append(a, a[-1:].repeat(short or 0)) for a in (self.index, place))
+        index, where = (np.append(a, a[-1:].repeat(short or 0)) for a in (self.index, self.place))
         self._rows = index
         self._shared = self._graph.shared(index, where)
 
     def keep(self, kept: np.ndarray) -> None:
         super().keep(kept)
-        self._set(self._place[kept])
+        self._set()
 
     def _evaluate(self, rows: Mapping[str, Rows], count: int) -> Iterator[tuple[slice, np.ndarray]]:
         off, at_once = self.play.off, self._graph.backgrounds_at_once(len(self._rows))

@@ -69,9 +69,10 @@ def segmentation(name: str, **options: Any) -> Segmenter:
         from skimage import color, filters
         from skimage import segmentation as algorithms
 
+        sobel: Any = filters.sobel  # scikit-image has no types
         share = min(math.sqrt(picture.shape[0] * picture.shape[1]) / _USUAL, 1.0)
         given = {**_DEFAULTS[name](share), **options}
-        source = filters.sobel(color.rgb2gray(picture)) if name == "watershed" else picture
+        source = sobel(color.rgb2gray(picture)) if name == "watershed" else picture
         try:
             return np.asarray(getattr(algorithms, name)(source, **given))
         except (TypeError, ValueError) as error:

@@ -15,8 +15,8 @@ from onnxplain.view.common import Frame
 def figure(frame: Frame, *, percentile: float = 99.0) -> Figure:
     """Input with the top predictions, diverging overlay, heat map of the absolute values.
 
-    Attributions are summed over channels, as titles say; colors are clipped at `percentile` of
-    their size.
+    Attributions are summed over channels, unless these share them, as titles say; colors are
+    clipped at `percentile` of their size.
     """
     picture, note = _picture(frame)
     values, sizing = _spatial(frame, picture.shape[:2])
@@ -93,8 +93,11 @@ def _spatial(frame: Frame, size: tuple[int, ...]) -> tuple[np.ndarray, str]:
             stretch = [abs(np.log(h / w * size[1] / size[0])) for h, w in _sides(values.shape)]
             layout = "NHWC" if stretch[1] < stretch[0] else "NCHW"
         axis = 0 if layout == "NCHW" else 2
-        if values.shape[axis] > 1:
-            words = f"\nsum over {values.shape[axis]} channels"
+        count, first = values.shape[axis], values.take([0], axis)
+        if frame.of_input and count > 1 and values.any() and (values == first).all():
+            values, words = first, f"\n(the same in all {count} channels)"
+        elif count > 1:
+            words = f"\nsum over {count} channels"
         values = values.sum(axis=axis)
     if values.shape == size:
         return values, words

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -83,7 +83,8 @@ def lines(frame: Frame, color: bool, *, top: int = 15) -> list[str]:
 def ranked(frame: Frame, top: int) -> list[Row]:
     """The `top` largest attributions by absolute value, largest first, then the sum of the rest.
 
-    Models with one input per column have one array each; these are ranked together.
+    Models with one input per column have one array each; these are ranked together. Values that
+    are one feature count once.
     """
     if top < 1:
         raise InputError(f"top is {top}: ask for at least one row")
@@ -117,12 +118,39 @@ def ranked(frame: Frame, top: int) -> list[Row]:
             text += f" = {_value(x[example if len(x) == len(explanation) else 0][index])}"
         return Row(text, float(flat[at]), spread[at])
 
-    chosen = [index[0] for index in strongest(flat, top)]
-    rows = [row(at) for at in chosen]
-    if flat.size > len(chosen):
-        rest = float(np.delete(flat, chosen).sum())
-        rows.append(Row(f"({flat.size - len(chosen)} others)", rest))
+    members = _features(frame, starts)
+    once = np.array([group[0] for group in members])
+    chosen = [index[0] for index in strongest(flat[once], top)]
+    rows = [_together(frame, members[i], [row(at) for at in members[i][:4]]) for i in chosen]
+    if len(members) > len(chosen):
+        rest = float(np.delete(flat[once], chosen).sum())
+        rows.append(Row(f"({len(members) - len(chosen)} others)", rest))
     return rows
+
+
+def _features(frame: Frame, starts: np.ndarray) -> list[np.ndarray]:
+    """The positions of each feature's values among those of all arrays."""
+    ids = [frame.explanation.feature_row(name, frame.example) for name in frame.names]
+    if any(part is None for part in ids):
+        return list(np.arange(starts[-1])[:, None])
+    flat = np.concatenate([part.ravel() for part in ids if part is not None])
+    order = np.argsort(flat, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(flat[order])) + 1)
+
+
+def _together(frame: Frame, group: np.ndarray, rows: list[Row]) -> Row:
+    """One bar for the values of a feature, of which some have these bars."""
+    if len(group) <= 3:
+        text = common.shorten(" & ".join(row.name for row in rows), 48)
+    else:
+        shape, layout = frame.values.shape, frame.display.layout
+        text = f"{rows[0].name} & {len(group) - 1} more"
+        if frame.display.kind == "image" and layout and group[-1] < frame.values.size:
+            places = np.unravel_index(group, shape)[1 if layout == "NCHW" else 0 :]
+            row, column = (round(float(place.mean())) for place in places[:2])
+            count = len(set(zip(*places[:2], strict=True)))
+            text = f"{count} pixels around row {row}, column {column}"
+    return replace(rows[0], name=text)
 
 
 def _finite(error: float) -> float | None:

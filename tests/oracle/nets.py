@@ -6,6 +6,7 @@ inputs, :func:`export` its file.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import os
@@ -41,12 +42,13 @@ def import_torchvision() -> None:
 
 
 class MLP(nn.Module):
-    """Tanh and ReLU layers: [N, 8] -> [N, classes]."""
+    """Tanh and ReLU layers: [N, features] -> [N, classes]."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, features: int = 8, width: int = 32) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            *(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, classes))
+            *(nn.Linear(features, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU()),
+            nn.Linear(width, classes),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,12 +139,14 @@ IMAGE_NETS: dict[str, tuple[Callable[[int, int], nn.Module], int]] = {
 }
 SMALL_NETS: dict[str, Callable[[int], nn.Module]] = {
     "mlp": MLP,
+    "table": functools.partial(MLP, features=100, width=128),
     "small_cnn": SmallCNN,
     "multi_input": MultiInput,
     "transformer": TransformerClassifier,
 }
 _SHAPES: dict[str, list[tuple[int, ...]]] = {
     "mlp": [(8,)],
+    "table": [(100,)],
     "small_cnn": [(1, 16, 16)],
     "multi_input": [(3, 16, 16), (5,)],
 }

@@ -1,0 +1,271 @@
+"""Aggregators that fit a model of coalitions to their scores: KernelSHAP's, and anyone's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from onnxplain.perturb.forms import Block
+
+# Groups that the jackknife leaves out, one at a time.
+_GROUPS = 10
+# A direction whose share of the largest is below this is not determined by the samples.
+_RANK = 1e-10
+# Features taken at a time, where there are more of them than samples.
+_WIDE = 4096
+
+
+class _Stored:
+    """Coalitions and their scores, kept: a fit needs all of them."""
+
+    def __init__(self, features: int) -> None:
+        self._features = features
+        self._packed: list[np.ndarray] = []
+        self._scores: list[np.ndarray] = []
+        self._count = 0
+        self._fitted: tuple[int, Any] = (-1, None)
+
+    def add(self, piece: slice, block: Block, scores: np.ndarray) -> None:
+        """Take in coalitions and their scores [S, E, K]."""
+        self._packed.append(block["z"])
+        self._scores.append(scores)
+        self._count += len(scores)
+
+    def keep(self, kept: np.ndarray) -> None:
+        """Go on with some of the examples."""
+        self._scores = [s[:, kept] for s in self._scores]
+        self._fitted = (-1, None)
+
+    @property
+    def drawn(self) -> int:
+        """How many coalitions there are."""
+        return self._count
+
+    def _present(self) -> np.ndarray:
+        """The coalitions as booleans [n, F]."""
+        from onnxplain.kernels.coalitions import unpack
+
+        self._packed = [np.concatenate(self._packed)]
+        return unpack(self._packed[0], self._features)
+
+    def _all_scores(self) -> np.ndarray:
+        self._scores = [np.concatenate(self._scores)]
+        return self._scores[0]
+
+    def _once(self, fit: Callable[[], Any]) -> Any:
+        """The fit of what there is, made once."""
+        if self._fitted[0] != self._count:
+            self._fitted = self._count, fit()
+        return self._fitted[1]
+
+
+class KernelShapFit(_Stored):
+    """Shapley values by weighted least squares that add up to the difference, for all examples.
+
+    With z the coalitions (less each one's mean) and v their scores, minimizes the sum of
+    w (v - v(none) - z phi)^2 under sum(phi) = v(all) - v(none); where samples leave it open, the
+    smallest change from equal shares. Source: Lundberg and Lee 2017, arXiv:1705.07874, theorem 2;
+    Covert and Lee 2021, arXiv:2012.01536, equation 7.
+
+    Sample 0 is the full coalition and sample 1 the empty one; then come pairs of complements.
+
+    Args:
+        features: how many there are.
+        weights: of the samples behind the first two, where these are all coalitions; None where
+            they are drawn by their weights.
+    """
+
+    def __init__(self, features: int, weights: np.ndarray | None) -> None:
+        super().__init__(features)
+        self._weights = weights
+
+    def _fit(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        scores = self._all_scores()
+        outputs = scores.shape[1:]
+        if len(scores) < 2:
+            return np.full((*outputs, self._features), np.nan), None, np.full(outputs[0], np.nan)
+        v = scores.reshape(len(scores), -1)
+        total, inner = v[0] - v[1], v[2:] - v[1]
+        share = total / self._features
+        present = self._present()[2:]
+        complete = self._weights is not None and len(inner) == len(self._weights)
+        if not len(inner):
+            values, errors = np.tile(share, (self._features, 1)), None
+            missed = np.zeros_like(total)
+        else:
+            weights = np.ones(len(inner)) if self._weights is None else self._weights[: len(inner)]
+            size = present.sum(axis=1)[:, None]
+            rest = inner - size * share
+            if len(inner) < self._features > _WIDE:
+                values, errors = share + _least(present, rest), None
+            else:
+                z = present - size / self._features
+                bread = self._bread(z, weights)
+                change = bread @ (z.T @ (weights[:, None] * rest))
+                left = weights[:, None] * (rest - z @ change)
+                reach = z @ bread
+                leverage = weights * (z * reach).sum(axis=1)
+                values, errors = share + change, self._spread(reach, left, leverage)
+            fitted = _times(present, values)
+            spread = inner - np.average(inner, axis=0, weights=weights)
+            missed = weights @ (inner - fitted) ** 2
+            all_of_it = weights @ spread**2
+            with np.errstate(invalid="ignore", divide="ignore"):
+                missed = np.where(all_of_it > 0, missed / all_of_it, missed > 0)
+        if complete or self._features == 1:
+            errors = np.zeros_like(values)
+        shaped = values.T.reshape(*outputs, -1)
+        wide = None if errors is None else errors.T.reshape(*outputs, -1)
+        return shaped, wide, 1 - missed.reshape(outputs).mean(axis=1)
+
+    def _bread(self, z: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The inverse of the normal matrix [F, F]; directions that are open are left out."""
+        values, vectors = np.linalg.eigh(z.T @ (weights[:, None] * z))
+        open_ = values <= values[-1] * _RANK
+        if open_.sum() > 1:  # along (1, ..., 1) every coalition was centered
+            warnings.warn(
+                f"{len(z)} coalitions don't determine the Shapley values of {self._features} "
+                "features: equal shares stand for what is open; take more samples (n_samples) or "
+                "fewer features (feature_mask)",
+                stacklevel=2,
+            )
+        inverse = np.where(open_, 0, 1 / np.where(open_, 1, values))
+        return np.asarray((vectors * inverse) @ vectors.T)
+
+    def _spread(
+        self, reach: np.ndarray, left: np.ndarray, leverage: np.ndarray
+    ) -> np.ndarray | None:
+        """Standard errors [F, M]: the sandwich over pairs; None where there are too few.
+
+        Source: MacKinnon and White 1985, Journal of Econometrics 29 (HC3: residuals over one less
+        their leverage), with the two of a pair taken together.
+        """
+        pairs = -(-len(left) // 2)
+        if self._weights is not None or pairs <= self._features:
+            return None
+        if len(left) % 2:
+            parts = (reach, left, leverage)
+            reach, left, leverage = (np.concatenate([a, np.zeros_like(a[:1])]) for a in parts)
+        own = np.maximum(1 - leverage[::2] - leverage[1::2], 1 / pairs).repeat(2)
+        (t, u), (r, s) = ((a[::2], a[1::2]) for a in (reach, left / own[:, None]))
+        squares = (t**2).T @ r**2 + (u**2).T @ s**2 + 2 * (t * u).T @ (r * s)
+        return np.asarray(np.sqrt(np.maximum(squares, 0)))
+
+    def result(self) -> np.ndarray:
+        """[E, K, F]."""
+        return np.asarray(self._once(self._fit)[0])
+
+    def standard_error(self) -> np.ndarray | None:
+        """[E, K, F]."""
+        found: np.ndarray | None = self._once(self._fit)[1]
+        return found
+
+    def figures(self) -> dict[str, np.ndarray]:
+        """How well the scores are met: R^2, [E]."""
+        return {"fit": self._once(self._fit)[2]}
+
+
+def _least(present: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """The smallest solution [F, M] of centered coalitions, where features outnumber samples."""
+    mean = present.mean(axis=1, keepdims=True)
+    parts = range(0, present.shape[1], _WIDE)
+    gram = sum((z := present[:, i : i + _WIDE] - mean) @ z.T for i in parts)
+    dual = np.linalg.pinv(np.asarray(gram), rcond=_RANK, hermitian=True) @ rest
+    return np.concatenate([(present[:, i : i + _WIDE] - mean).T @ dual for i in parts])
+
+
+def _times(present: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Coalitions [n, F] times values [F, M], a few features at a time."""
+    parts = range(0, present.shape[1], _WIDE)
+    found = [present[:, i : i + _WIDE].astype(float) @ values[i : i + _WIDE] for i in parts]
+    return np.asarray(sum(found))
+
+
+class Fit(_Stored):
+    """Any interpretable model, fitted to the samples of each example.
+
+    Args:
+        features: how many there are.
+        weights: similarities [S, E] of samples, by their numbers and as booleans [S, F].
+        fit: coefficients [F] and predicted values [S] from samples [S, F], values and weights.
+        samples: what the model is fitted to instead of the coalitions, by number, [S, F].
+    """
+
+    def __init__(
+        self,
+        features: int,
+        weights: Callable[[slice, np.ndarray], np.ndarray],
+        fit: Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+        samples: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(features)
+        self._weigh, self._model, self._samples = weights, fit, samples
+        self._weights: list[np.ndarray] = []
+
+    def add(self, piece: slice, block: Block, scores: np.ndarray) -> None:
+        """Take in samples and their scores [S, E, K]."""
+        from onnxplain.kernels.coalitions import unpack
+
+        super().add(piece, block, scores)
+        self._weights.append(self._weigh(piece, unpack(block["z"], self._features)))
+
+    def keep(self, kept: np.ndarray) -> None:
+        """Go on with some of the examples."""
+        super().keep(kept)
+        self._weights = [w[:, kept] for w in self._weights]
+        whole = self._weigh
+        self._weigh = lambda piece, z: whole(piece, z)[:, kept]
+
+    def _fit(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        scores = self._all_scores()
+        self._weights = [np.concatenate(self._weights)]
+        x = self._present().astype(float) if self._samples is None else self._samples[: self._count]
+        values, errors, fits = [], [], []
+        for e in range(scores.shape[1]):
+            for k in range(scores.shape[2]):
+                y, w = scores[:, e, k], self._weights[0][:, e]
+                coefficients, predicted = self._model(x, y, w)
+                values.append(coefficients)
+                errors.append(self._jackknife(x, y, w))
+                fits.append(r_squared(y, predicted, w))
+        shape = (*scores.shape[1:], -1)
+        spread = None if errors[0] is None else np.array(errors).reshape(shape)
+        fit = np.array(fits).reshape(scores.shape[1:]).mean(axis=1)
+        return np.array(values).reshape(shape), spread, fit
+
+    def _jackknife(self, x: np.ndarray, y: np.ndarray, w: np.ndarray) -> np.ndarray | None:
+        """Standard errors [F] by leaving out a group of samples at a time; None for few samples.
+
+        Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 11.5 (the
+        delete-d jackknife in groups). It works for any interpretable model.
+        """
+        if len(x) < 2 * _GROUPS:
+            return None
+        group = np.arange(len(x)) % _GROUPS
+        without = [
+            self._model(x[group != g], y[group != g], w[group != g])[0] for g in range(_GROUPS)
+        ]
+        return np.std(without, axis=0) * np.sqrt(_GROUPS - 1)
+
+    def result(self) -> np.ndarray:
+        """[E, K, F]."""
+        return np.asarray(self._once(self._fit)[0])
+
+    def standard_error(self) -> np.ndarray | None:
+        """[E, K, F]."""
+        found: np.ndarray | None = self._once(self._fit)[1]
+        return found
+
+    def figures(self) -> dict[str, np.ndarray]:
+        """How well the scores are met: weighted R^2, [E]."""
+        return {"fit": self._once(self._fit)[2]}
+
+
+def r_squared(values: np.ndarray, fitted: np.ndarray, weights: np.ndarray) -> float:
+    """The weighted coefficient of determination; of constant values 1 where met, else 0."""
+    missed = float(np.sum(weights * (values - fitted) ** 2))
+    spread = float(np.sum(weights * (values - np.average(values, weights=weights)) ** 2))
+    return 1 - missed / spread if spread else float(not missed)
