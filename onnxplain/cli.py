@@ -578,9 +578,7 @@ def _grouping(
     chosen: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Options that say what is switched off together; tells of those that were not asked for."""
-    import numpy as np
-
-    from .inputs import default_windows, load_segmentation, load_segments, token_features
+    from .inputs import default_windows, load_segmentation
 
     if "sliding_window_shapes" in info.options:
         if chosen.keys() & {"sliding_window_shapes", "strides"}:
@@ -592,31 +590,46 @@ def _grouping(
         return told
     if segments is not None and "segmentation" in info.options:
         return {"segmentation": load_segmentation(segments)}
-    if segments == "none" or "feature_mask" not in info.options or "feature_mask" in chosen:
+    if "feature_mask" not in info.options or "feature_mask" in chosen:
         return {}
-    name, picture = str(sample.display.input_name), sample.display.kind == "image"
+    made, count = _masked(info, sample, explained, segments)
+    if "n_samples" in info.options and "fit" in info.check and "n_samples" not in chosen:
+        enough = _SAMPLES * count
+        if enough > info.options["n_samples"]:
+            click.echo(f"{count} features: --option n_samples={enough}", err=True)
+            made["n_samples"] = enough
+    return made
+
+
+def _masked(
+    info: Any, sample: Sample, explained: list[str], segments: str | None
+) -> tuple[dict[str, Any], int]:
+    """The ``feature_mask`` of an input, where each value is no feature, and how many there are."""
+    import numpy as np
+
+    from .inputs import load_segments, token_features
+
+    name, kind = str(sample.display.input_name), sample.display.kind
     size = sample.arrays[name][0].size
-    if segments is None and sample.display.kind == "text":
+    mask = None
+    if kind == "text" and segments is None:
         mask = token_features(sample)
-        return {} if mask is None else {"feature_mask": mask}
-    if segments is None and (not picture or size <= _FEW_PIXELS or name not in explained):
-        return {}
-    how = segments or _SEGMENTS.get(info.name, _SEGMENTS_OF_OTHERS)
-    mask = load_segments(how, sample)
+    elif segments != "none" and (
+        segments or (kind == "image" and size > _FEW_PIXELS and name in explained)
+    ):
+        how = segments or _SEGMENTS.get(info.name, _SEGMENTS_OF_OTHERS)
+        mask = load_segments(how, sample)
+        if segments is None:
+            click.echo(f"segments, not pixels: --segments {how} (--segments none)", err=True)
+    if mask is None:
+        return {}, sum(sample.arrays[each][0].size for each in explained)
     count = int(mask[name].max()) + 1
-    told = f"{count} segments, not {size} values"
     for other in explained:  # whose values are each a feature
         if other != name:
             values = sample.arrays[other][:1]
             mask[other] = count + np.arange(values.size).reshape(values.shape)
             count += values.size
-    made: dict[str, Any] = {"feature_mask": mask}
-    if "n_samples" in info.options and "fit" in info.check and "n_samples" not in chosen:
-        made["n_samples"] = max(_SAMPLES * count, info.options["n_samples"])
-        told += f", and n_samples={made['n_samples']}"
-    if segments is None:
-        click.echo(f"explained by {told}: --segments {how} (--segments none for values)", err=True)
-    return made
+    return {"feature_mask": mask}, count
 
 
 _PICTORIAL = ("size", "resize", "crop", "scale", "mean", "std", "channels")

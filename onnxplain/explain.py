@@ -183,11 +183,13 @@ def _feature_mask(mask: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.n
     if mask is None:
         return {}
     named = {k: np.asarray(v) for k, v in by_name(mask, list(arrays), "feature_mask")[0].items()}
-    return {
-        k: v.reshape((1,) * (arrays[k].ndim - v.ndim) + v.shape)
-        for k, v in named.items()
-        if v.ndim <= arrays[k].ndim
-    }
+    full = {k: v.reshape((1,) * (arrays[k].ndim - v.ndim) + v.shape) for k, v in named.items()}
+    # Where several outputs are explained, the values of an input come after them.
+    return {k: v for k, v in full.items() if _broadcasts(v.shape, arrays[k].shape)}
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    return len(shape) == len(to) and all(m in (1, n) for m, n in zip(shape, to, strict=True))
 
 
 def _described(baselines: Any) -> str:
@@ -444,8 +446,9 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model | B
         ),
         "unexplained": (
             POOR_FIT,
-            "are those of a surrogate that leaves unexplained, of what the scores vary by, up to",
-            "take more samples (n_samples), or features that interact less (feature_mask)",
+            "add up to a surrogate that leaves unexplained, of what the scores vary by, up to",
+            "the features interact, and no sum over them is close to the model: take other "
+            "features (feature_mask), or ask about them together",
         ),
         "lost": (
             POOR_COMPLETENESS,

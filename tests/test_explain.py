@@ -69,7 +69,7 @@ def test_methods_for_images_refuse_tables(net: ox.Model, name: str) -> None:
         ox.explain(net, X, name, layer=layer, neuron=0 if "neuron" in info.needs else None)
 
 
-@pytest.mark.parametrize("name", [n for n in ox.methods() if n not in OF_IMAGES])
+@pytest.mark.parametrize("name", [n for n in ox.methods() if n not in {*OF_IMAGES, "lime-base"}])
 def test_every_method_explains(net: ox.Model, name: str) -> None:
     info = ox.methods()[name]
     layer = "h" if "layer" in info.needs else None
@@ -87,6 +87,15 @@ def test_every_method_explains(net: ox.Model, name: str) -> None:
         delta = "relative_" * (name == "layer-conductance") + "convergence_delta"
         # Conductance multiplies slopes by differences between steps: exact for no finite number.
         assert np.abs(explanation.checks[delta]).max() < (0.01 if "relative" in delta else 1e-4)
+
+
+def test_lime_base_explains_one_example(net: ox.Model) -> None:
+    found = ox.explain(net, X[:1], "lime-base", n_samples=200, interpretable_model="linear", seed=0)
+    worth = (X[:1] ** 2 * W[:, found.target[0]]).ravel()  # of the default's samples: 0 or x
+    np.testing.assert_allclose(found.attributions[0], worth, rtol=1e-3, atol=1e-4)
+    assert found.checks["fit"] > 0.999
+    with pytest.raises(ox.InputError, match="one example at a time"):
+        ox.explain(net, X, "lime-base")
 
 
 def test_predicted_target_and_labels(net: ox.Model) -> None:

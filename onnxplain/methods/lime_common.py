@@ -51,6 +51,8 @@ EVERY = object()
 _FEW = 6
 # A column is a combination of others where this share of its square at most is left.
 _COLLINEAR = 1e-10
+# What values differ by, as a share of their size, though they are the same.
+_ROUNDING = 1e-14
 
 
 # ---- weighted least squares --------------------------------------------------------------------
@@ -108,10 +110,11 @@ def _centered(
 
 
 def r_squared(values: np.ndarray, fitted: np.ndarray, weights: np.ndarray) -> float:
-    """The weighted coefficient of determination; for constant values 1 or 0."""
+    """The weighted R²; of values that are all the same 1 where they are met, else 0."""
     missed = float(np.sum(weights * (values - fitted) ** 2))
     spread = float(np.sum(weights * (values - np.average(values, weights=weights)) ** 2))
-    return 1 - missed / spread if spread else float(not missed)
+    rounding = float(np.sum(weights * (_ROUNDING * values) ** 2))
+    return 1 - missed / spread if spread > rounding else float(missed <= rounding)
 
 
 def select(

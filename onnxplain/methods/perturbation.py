@@ -199,9 +199,8 @@ class PerturbationAttribution(Attribution):
         feeds = model.feeds(inputs, additional)
         if not feeds.count:
             raise InputError("there is no example to explain")
-        # Two rows tell one number for each from one number for all.
-        few = {k: v[:2] for k, v in feeds.arrays.items()}
-        answer = model.evaluate(few)
+        # All of them: a function of the whole batch may know how many they are.
+        answer = model.evaluate(feeds.arrays)
         at_once = not answer.ndim
         shape = answer.shape[1:]
         wrt = tuple(_value(name, feeds.arrays[name]) for name in feeds.explained)
@@ -243,12 +242,14 @@ class PerturbationAttribution(Attribution):
         return known
 
     def _features(
-        self, question: Question, mask: Any, *, across: bool = True, what: str = "feature_mask"
+        self, question: Question, mask: Any, *, across: bool = True, together: bool = False
     ) -> list[Features]:
-        """The features of the sources, in groups of examples that have equally many."""
+        """The features of the sources (see :func:`features_of`)."""
+        what = "feature_mask" if question.groups is None else "layer_mask"
         if isinstance(mask, tuple | list) and len(question.wrt) == 1 and len(mask) == 1:
             mask = mask[0]
-        groups = features_of(self._shapes(question), mask, across=across, what=what)
+        shapes = self._shapes(question)
+        groups = features_of(shapes, mask, across=across, together=together, what=what)
         if question.at_once and any(len(ids) > 1 for g in groups for ids in g.ids.values()):
             raise InputError(
                 f"{what}: the model gives one number for all examples together, so they must share "
@@ -730,12 +731,8 @@ class FeaturePermutation(PerturbationAttribution):
                 "feature permutation takes a feature's values from the other examples, and one "
                 "example was given: give two or more"
             )
-        groups = self._features(question, feature_mask, across=enable_cross_tensor_attribution)
-        if len(groups) > 1:
-            raise InputError(
-                "feature_mask: the examples have different numbers of features, so their features "
-                "can't be exchanged; give one mask for all"
-            )
+        across = enable_cross_tensor_attribution
+        groups = self._features(question, feature_mask, across=across, together=True)
         base = drawn_seed(seed)
 
         def plan(features: Features) -> Plan:

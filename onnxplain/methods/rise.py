@@ -209,7 +209,7 @@ class RISE(PerturbationAttribution):
         stretch = MODES["linear" if is_float(value) else "nearest"][0]
         where = f"input '{value.name}' of shape [N, {', '.join(map(str, shape))}]"
         given = num_cells if isinstance(num_cells, tuple | list) else None
-        axes = self._spatial(value, shape, None if given is None else len(given), where)
+        axes, channels = self._spatial(value, shape, None if given is None else len(given), where)
         if not 1 <= len(axes) <= 2:
             raise InputError(
                 f"{where} has {len(axes)} spatial axes to lay a mask over; RISE takes one or two: "
@@ -229,15 +229,15 @@ class RISE(PerturbationAttribution):
                     f"num_cells={num_cells!r}: {where} has {shape[axis]} places along an axis, too "
                     f"few for {n} cells; give fewer, or a tuple with one number for each spatial axis"
                 )
-        return Layout(shape, axes, cells, stretch)
+        return Layout(shape, axes, cells, stretch, channels)
 
     def _spatial(
         self, value: ir.Value, shape: tuple[int, ...], wanted: int | None, where: str
-    ) -> tuple[int, ...]:
-        """The spatial axes of an input, of which the user may have said the number."""
+    ) -> tuple[tuple[int, ...], int | None]:
+        """The spatial axes of an input, of which the user may say the number, and its channels."""
         every = tuple(range(len(shape)))
         if len(shape) <= 1 or wanted == len(shape):
-            return every
+            return every, None
         if isinstance(self.model, BlackBox):
             if len(shape) == 2 and wanted is None:
                 raise InputError(
@@ -249,7 +249,13 @@ class RISE(PerturbationAttribution):
         else:
             seen = image(value, first_wider(self.model, value), shape, integers=True)
         assert seen is not None
-        return tuple(a for a in every if seen.channels is None or a != seen.channels - 1)
+        single = [a for a in every if shape[a] == 1]
+        channels = None if seen.channels is None else seen.channels - 1
+        if channels is None and len(single) == 1:
+            channels = single[0]
+        spatial = tuple(a for a in every if a != channels)
+        # There is nothing to tell apart along an axis of one place.
+        return tuple(a for a in spatial if shape[a] > 1) or spatial, channels
 
     def _shaped(self, question: Question, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Maps that are in their places, of the dtype of each source."""
@@ -339,7 +345,9 @@ def _map(means: np.ndarray, layout: Layout, sizes: tuple[int, ...] | None, mode:
     maps = means.reshape(*means.shape[:2], *layout.sizes)
     if sizes is not None:
         maps = interpolate(maps, sizes, mode)
-    missing = [axis for axis in range(len(layout.shape)) if axis not in layout.axes]
-    if missing:
-        return np.moveaxis(maps, 1, 1 + missing[0])
+    at = dict(zip(layout.axes, maps.shape[2:], strict=True))
+    places = [at.get(axis, 1) for axis in range(len(layout.shape)) if axis != layout.channels]
+    maps = maps.reshape(*maps.shape[:2], *places)
+    if layout.channels is not None:
+        return np.moveaxis(maps, 1, 1 + layout.channels)
     return maps[:, 0] if maps.shape[1] == 1 else maps

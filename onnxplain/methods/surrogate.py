@@ -235,7 +235,8 @@ class LimeBase(PerturbationAttribution):
         bound = inspect.signature(self.attribute).bind(**arguments)
         bound.apply_defaults()
         given = dict(bound.arguments)
-        question, options, _ = self._parse({**given, "handed_on": given.pop("kwargs")})
+        kwargs = given.pop("kwargs")
+        question, options, _ = self._parse({**given, "handed_on": kwargs})
         options.pop("return_standard_error", None)
         with self._partial(question):
             found = self._find(question, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -66,7 +67,7 @@ class CallGame(Game):
             else:
                 mixed = x[None, None]
             wide = np.broadcast_to(mixed, (*lead, *x.shape[1:]))
-            fed[name] = np.ascontiguousarray(wide).reshape(-1, *x.shape[1:])
+            fed[name] = np.ascontiguousarray(wide).reshape(math.prod(lead), *x.shape[1:])
         answer = play.model.evaluate(fed, None if play.at_once else play.shape)
         values = answer.reshape(*((1, 1, 1) if play.at_once else lead), -1)
         if wanted.columns is not None:

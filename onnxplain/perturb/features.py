@@ -64,7 +64,12 @@ class Features:
 
 
 def features_of(
-    shapes: Shapes, mask: Any = None, *, across: bool = True, what: str = "feature_mask"
+    shapes: Shapes,
+    mask: Any = None,
+    *,
+    across: bool = True,
+    together: bool = False,
+    what: str = "feature_mask",
 ) -> list[Features]:
     """The features of examples, in groups of examples that have equally many.
 
@@ -75,6 +80,7 @@ def features_of(
             with one of length 1 or N. Numbers may be left out; each that occurs is a feature. None:
             each element is a feature of its own.
         across: the same number in several sources is one feature; else one in each of them.
+        together: one group of all examples, each with all numbers that occur in any of them.
         what: what the mask is called in errors.
 
     Raises:
@@ -100,6 +106,11 @@ def features_of(
     if not any(array.size for array in ids.values()):
         raise InputError(f"{what}: the explained inputs are empty, so there is no feature")
     rows = max(len(array) for array in ids.values())
+    if together:
+        given_numbers = np.unique(np.concatenate([a.ravel() for a in ids.values()]))
+        local = {name: np.searchsorted(given_numbers, a) for name, a in ids.items()}
+        everyone = np.arange(count)
+        return [Features(shapes, local, len(given_numbers), given_numbers[None], everyone)]
     flat = [np.broadcast_to(a.reshape(len(a), -1), (rows, a[0].size)) for a in ids.values()]
     numbers = np.concatenate(flat, axis=1)
     width = int(numbers.max()) + 1

@@ -22,6 +22,8 @@ from onnxplain.perturb.game import Game, Given, Off, Permuted, Play
 from onnxplain.run.feeds import Feeds
 from onnxplain.run.program import Program, Rows, take
 
+# Integers for which onnxruntime's Where has a kernel.
+_WHERE = (ir.DataType.UINT8, ir.DataType.INT32, ir.DataType.INT64)
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -292,7 +294,13 @@ def _mixed(op: Emitter, kept: ir.Value, x: ir.Value, off: ir.Value | None) -> ir
     """
     kept = op.Unsqueeze(kept, [1])
     if not is_float(x):
-        return op.Where(kept, x, op.full_like(x, 0) if off is None else off)
+        other = op.const(0, x.dtype) if off is None else off
+        if x.dtype == ir.DataType.BOOL:
+            return op.Or(op.And(kept, x), op.And(op.Not(kept), other))
+        if x.dtype in _WHERE:
+            return op.Where(kept, x, other)
+        wide = [op.Cast(v, to=ir.DataType.INT64) for v in (x, other)]
+        return op.Cast(op.Where(kept, *wide), to=x.dtype)
     if off is None:
         return op.Mul(kept, x)
     return op.Add(op.Mul(kept, x), op.Mul(op.Sub(1, kept), off))

@@ -36,12 +36,14 @@ class Layout:
         axes: its spatial axes, by their place in ``shape``.
         cells: how many cells there are along each; None: each place is a cell, and none is shifted.
         stretch: interpolates cells along an axis.
+        channels: the place of its axis of channels, where it has one.
     """
 
     shape: tuple[int, ...]
     axes: tuple[int, ...]
     cells: tuple[int, ...] | None
     stretch: Stretch
+    channels: int | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ def _quickshift(share: float) -> dict[str, Any]:
 
 
 def _slic(share: float) -> dict[str, Any]:
-    return {"n_segments": 100, "compactness": 10, "start_label": 0}
+    return {"n_segments": max(round(100 * share), 4), "compactness": 10, "start_label": 0}
 
 
 def _felzenszwalb(share: float) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def _felzenszwalb(share: float) -> dict[str, Any]:
 
 
 def _watershed(share: float) -> dict[str, Any]:
-    return {"markers": 100, "compactness": 0.001}
+    return {"markers": max(round(100 * share), 4), "compactness": 0.001}
 
 
 _DEFAULTS = {
@@ -50,7 +50,8 @@ def segmentation(name: str, **options: Any) -> Segmenter:
 
     Defaults: quickshift as the lime package has it (kernel_size 4, max_dist 200, ratio 0.2), slic
     with 100 segments, felzenszwalb with scale 100, watershed of the Sobel gradient with 100
-    markers. Lengths are in proportion where the picture is smaller than 224 x 224.
+    markers. Where the picture is smaller than 224 x 224, lengths and numbers of segments are in
+    proportion to its side.
 
     Args:
         name: "quickshift", "slic", "felzenszwalb" or "watershed".
@@ -136,10 +137,10 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
 def as_picture(values: np.ndarray) -> np.ndarray:
     """What a model is fed [H, W, C] as a picture to divide: RGB float64 in 0..1.
 
-    Values in 0..1 are taken as they are, those in 0..255 divided by 255, others stretched.
+    Values in 0..1 are taken as they are, others stretched to that range.
     """
     rgb = as_rgb(values.astype(np.float64))
     low, high = rgb.min(), rgb.max()
-    if low >= 0 and high <= 255:
-        return rgb if high <= 1 else rgb / 255
+    if (low >= 0 and high <= 1) or low == high:
+        return rgb.clip(0, 1)
     return (rgb - low) / (high - low)

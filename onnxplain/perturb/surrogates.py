@@ -14,6 +14,8 @@ from onnxplain.perturb.forms import Block
 _GROUPS = 10
 # A direction whose share of the largest is below this is not determined by the samples.
 _RANK = 1e-10
+# A pair whose own score hardly counts in what is fitted to it; nothing is known of its residual.
+_OWN = 0.01
 # Features taken at a time, where there are more of them than samples.
 _WIDE = 4096
 
@@ -149,7 +151,9 @@ class KernelShapFit(_Stored):
         if len(left) % 2:
             parts = (reach, left, leverage)
             reach, left, leverage = (np.concatenate([a, np.zeros_like(a[:1])]) for a in parts)
-        own = np.maximum(1 - leverage[::2] - leverage[1::2], 1 / pairs).repeat(2)
+        own = (1 - leverage[::2] - leverage[1::2]).repeat(2)
+        if own.min() < _OWN:
+            return None
         (t, u), (r, s) = ((a[::2], a[1::2]) for a in (reach, left / own[:, None]))
         squares = (t**2).T @ r**2 + (u**2).T @ s**2 + 2 * (t * u).T @ (r * s)
         return np.asarray(np.sqrt(np.maximum(squares, 0)))

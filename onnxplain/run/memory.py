@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +28,15 @@ CPU_SWEET_SPOT = 1 << 27
 
 
 def available_bytes() -> int:
-    """Memory this process may still take: what is free, or what its control group leaves."""
+    """Memory this process may still take: what is free, or what its control group leaves.
+
+    Looked up at most once a second: that is ten files to read.
+    """
+    return _available(int(time.monotonic()))
+
+
+@functools.lru_cache(maxsize=1)
+def _available(second: int) -> int:
     free = _meminfo("MemAvailable:")
     for limit_file, usage_file in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),

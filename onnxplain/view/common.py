@@ -284,7 +284,7 @@ def _facts(frame: Frame) -> list[str]:
         parts.append(f"input {frame.names[0]}")
     if name := explanation.name(example):
         parts.append(name)
-    if frame.errors is not None and frame.errors.size:
+    if frame.errors is not None and frame.display.kind not in ("table", "text"):  # told one by one
         parts.append(f"± {number(float(np.abs(frame.errors).mean()))} (mean standard error)")
     for key, words in _CHECKS:
         rows = explanation.check_row(key, example) if key in explanation.checks else np.zeros(0)

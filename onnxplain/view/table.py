@@ -38,7 +38,11 @@ def figure(frame: Frame, *, top: int = 15) -> Figure:
     axes = fig.subplots()
     amounts = [row.attribution for row in rows]
     colors = [common.RED if amount > 0 else common.BLUE for amount in amounts]
-    whiskers = [row.error or 0.0 for row in rows] if frame.errors is not None else None
+    whiskers = (
+        [math.nan if row.error is None else row.error for row in rows]
+        if frame.errors is not None
+        else None
+    )
     bars = axes.barh(
         range(len(rows)),
         amounts,

@@ -6,6 +6,7 @@ import textwrap
 import unicodedata
 from html import escape
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from onnxplain.errors import InputError
@@ -31,7 +32,9 @@ def colored(frame: Frame, percentile: float = 100.0) -> tuple[list[tuple[str, fl
     pairs = [(common.printable(t), float(v)) for t, v in zip(tokens, values, strict=False)]
     rest = values[len(tokens) :]
     if rest.any():
-        pairs.append((f"(+{len(rest)} positions)", float(rest.sum())))
+        ids = frame.explanation.feature_row(frame.names[0], frame.example)
+        once = np.unique(ids[len(tokens) :], return_index=True)[1] if ids is not None else ...
+        pairs.append((f"(+{len(rest)} positions)", float(rest[once].sum())))
     return pairs, common.scale(values, percentile)
 
 

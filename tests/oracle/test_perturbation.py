@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import onnxplain as ox
+from onnxplain.kernels.coalitions import kernel_shap, permutations, unpack
 from tests.oracle.both import Both, flat, parameters, same
 from tests.oracle.nets import build, example
 from tests.oracle.test_methods import drawn, in_double
@@ -66,10 +67,10 @@ class Tokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(24, 3)
+        self.embedding, self.mid, self.head = nn.Embedding(9, 4), nn.Linear(24, 8), nn.Linear(8, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.embedding(ids).tanh().flatten(1))
+        return self.head(self.mid(self.embedding(ids).flatten(1)).tanh())
 
 
 @dataclass(frozen=True)
@@ -402,8 +403,14 @@ def to_numpy(given: Any) -> Any:
     return given.numpy() if isinstance(given, Tensor) else given
 
 
-@pytest.mark.parametrize("name", ["mlp", "pair", "tokens", "total"])
-@pytest.mark.parametrize("method", ["ShapleyValueSampling", "KernelShap"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        *(("ShapleyValueSampling", name) for name in ("mlp", "pair", "tokens", "total")),
+        ("KernelShap", "mlp"),  # the others have few features: it takes all their coalitions
+        ("KernelShap", "pair"),
+    ],
+)
 def test_standard_errors_are_those_of_the_exact_values(method: str, name: str) -> None:
     """Over many seeds, what is off divided by what was told is a number of variance 1."""
     both = network(name)
@@ -436,3 +443,40 @@ def test_standard_errors_are_those_of_the_exact_values(method: str, name: str) -
     assert np.abs(z).max() < 6, np.abs(z).max()
     # No bias: the mean over 30 seeds has a thirtieth of the variance.
     assert 0.3 < 30 * (z.mean(0) ** 2).mean() < 2.5
+
+
+@pytest.mark.parametrize("sampling", ["random", "antithetic", "stratified"])
+@pytest.mark.parametrize("name", ["mlp", "pair", "total"])
+def test_shapley_sampling_on_the_same_orders(name: str, sampling: str) -> None:
+    """Our orders, handed to Captum, give its numbers (which it adds up in float32)."""
+    both = network(name)
+    xs = both.xs if len(both.xs) > 1 else both.xs[0]
+    options = {"inputs": xs, "target": None if name == "total" else 1}
+    features = sum(x[0].numel() for x in both.xs)
+    seed, count = 7, 4 * features
+    got = both.ours("ShapleyValueSampling", **options, n_samples=count, seed=seed, sampling=sampling)
+    orders = permutations(seed, 0, count, features, sampling)
+    assert len(np.unique(orders, axis=0)) > 2 * features
+    theirs = ca.ShapleyValueSampling(both.net)
+    theirs.permutation_generator = lambda features, samples: iter(orders.tolist())
+    want = theirs.attribute(**options)
+    for g, w in zip(flat(got), flat(to_numpy(want)), strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mlp", "pair"])
+def test_kernel_shap_on_the_same_coalitions(name: str) -> None:
+    """Captum weighs the full and the empty coalition so much that they are nearly met."""
+    both = network(name)
+    xs = tuple(x[:1] for x in both.xs)
+    options = {"inputs": xs if len(xs) > 1 else xs[0], "target": 2, "n_samples": 90}
+    features = sum(x[0].numel() for x in xs)
+    seed = 11
+    got = both.ours("KernelShap", **options, return_input_shape=False, seed=seed)
+    inner = unpack(kernel_shap(seed, 0, 88, features), features)
+    theirs = ca.KernelShap(both.net)
+    theirs.perturb_func = replay(np.stack([np.ones(features), np.zeros(features), *inner]))
+    theirs.inf_weight = 1e9
+    with in_double():
+        want = theirs.attribute(**options, return_input_shape=False).numpy()
+    np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max())

@@ -543,7 +543,7 @@ def test_permuting_across_inputs() -> None:
 
     def loss(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         y = (a[:, :, 0] * a[:, :, 1] + b[:, :, 0] * b[:, :, 1]).sum(-1)
-        return np.array([((y - labels) ** 2).mean()])
+        return ((y - labels) ** 2).mean()
 
     permutation = ox.FeaturePermutation(ox.BlackBox(loss))
     mask = (np.arange(10).reshape(1, 5, 2), np.arange(10, 25).reshape(1, 5, 3))
