@@ -21,11 +21,11 @@ _USUAL = 224
 
 
 def _quickshift(share: float) -> dict[str, Any]:
-    return {"kernel_size": max(4 * share, 1), "max_dist": 200, "ratio": 0.2}
+    return {"kernel_size": max(4 * share, 1), "max_dist": 200 * share, "ratio": 0.2}
 
 
 def _slic(share: float) -> dict[str, Any]:
-    return {"n_segments": max(round(100 * share), 4), "compactness": 10, "start_label": 0}
+    return {"n_segments": max(round(100 * share), 8), "compactness": 10, "start_label": 0}
 
 
 def _felzenszwalb(share: float) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def _felzenszwalb(share: float) -> dict[str, Any]:
 
 
 def _watershed(share: float) -> dict[str, Any]:
-    return {"markers": max(round(100 * share), 4), "compactness": 0.001}
+    return {"markers": max(round(100 * share), 8), "compactness": 0.001}
 
 
 _DEFAULTS = {
