@@ -47,6 +47,15 @@ from onnxplain.methods.info import MethodInfo, info_of, tunnel
 from onnxplain.methods.interpolate import (
     LayerAttribution,
 )
+from onnxplain.methods.lime_image import (
+    LimeImage,
+)
+from onnxplain.methods.lime_tabular import (
+    LimeTabular,
+)
+from onnxplain.methods.lime_text import (
+    LimeText,
+)
 from onnxplain.methods.lrp import (
     LRP,
     LayerLRP,
@@ -84,6 +93,13 @@ from onnxplain.methods.perturbation import (
     NeuronFeatureAblation,
     Occlusion,
 )
+from onnxplain.methods.rise import (
+    RISE,
+)
+from onnxplain.methods.score_cam import (
+    AblationCAM,
+    ScoreCAM,
+)
 from onnxplain.methods.shap import GradientShap, LayerGradientShap, NeuronGradientShap
 from onnxplain.methods.shapley import (
     ShapleyValues,
@@ -93,11 +109,16 @@ from onnxplain.methods.surrogate import (
     KernelShap,
     Lime,
     LimeBase,
+    get_exp_kernel_similarity_function,
 )
+from onnxplain.perturb.maskers import Background
 
 __all__ = [
     "LRP",
+    "RISE",
+    "AblationCAM",
     "Attribution",
+    "Background",
     "ContrastiveExcitationBackprop",
     "Deconvolution",
     "DeconvolutionMap",
@@ -139,6 +160,9 @@ __all__ = [
     "LayerLRP",
     "Lime",
     "LimeBase",
+    "LimeImage",
+    "LimeTabular",
+    "LimeText",
     "LinearApproximation",
     "MethodInfo",
     "NeuronConductance",
@@ -153,10 +177,12 @@ __all__ = [
     "NoiseTunnel",
     "Occlusion",
     "Saliency",
+    "ScoreCAM",
     "ShapleyValueSampling",
     "ShapleyValues",
     "VanillaBackprop",
     "XGradCAM",
+    "get_exp_kernel_similarity_function",
 ]
 
 METHODS: tuple[type[Attribution], ...] = (
@@ -211,6 +237,7 @@ METHODS: tuple[type[Attribution], ...] = (
     VanillaBackprop,
     GradientTimesImage,
     LayerActivationGuidedBackprop,
+    # by replacing parts of the input
     FeatureAblation,
     FeaturePermutation,
     Occlusion,
@@ -222,6 +249,12 @@ METHODS: tuple[type[Attribution], ...] = (
     LimeBase,
     Lime,
     KernelShap,
+    RISE,
+    ScoreCAM,
+    AblationCAM,
+    LimeImage,
+    LimeTabular,
+    LimeText,
 )
 
 
