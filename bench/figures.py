@@ -59,7 +59,7 @@ class Scale:
 QUICK = Scale(
     rounds=1, long_rounds=1, size=64, batches=(1, 2), n_steps=4, ig_images=(1, 2),
     internal_batch_sizes=(2, 4), processes=1, rows=300, method_steps=3, method_batches=(6,),
-    noise_batches=(2,), growth=(3,), perturb_rounds=1, masks=20, coalitions=20, many=2000,
+    noise_batches=(2,), growth=(3,), perturb_rounds=1, masks=20, coalitions=120, many=2000,
     evaluation_batches=(8,), captum_batches=(4,), tool_batches=(10,), quick=True,
 )  # fmt: skip
 

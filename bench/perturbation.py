@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TARGET = 3
 MEGA = 1e6
 CELLS, KEEP = 7, 0.5
+FEW = 250  # samples in quick mode: as many as a regression on 100 features needs
 DRAWN = "other samples are drawn; tests/oracle compares the two on the same ones"
 Call = Callable[[], Any]
 
@@ -120,7 +121,7 @@ def bare_evaluations(file: Path, x: np.ndarray, count: int, scale: Scale) -> tup
 LAYERS = {"resnet18": "layer3", "small_cnn": "pool2", "table": "layers.2"}
 NEURONS = {"resnet18": (5, 3, 3), "small_cnn": (5, 2, 2), "table": (5,)}
 SEGMENTS = {"resnet18": 7, "small_cnn": 8}
-SAMPLES = {"resnet18": 100, "small_cnn": 500, "table": 500}
+SAMPLES = {"resnet18": 200, "small_cnn": 500, "table": 500}
 CLASSES = {"resnet18": 1000, "small_cnn": 10, "table": 10}
 IMAGES = {"resnet18": 1, "small_cnn": 8, "table": 20}
 
@@ -181,7 +182,7 @@ ROWS: dict[str, Row] = {
     ),
     "shapley-values": Row("ShapleyValues", {"feature_mask": _few}),
     "shapley-value-sampling": Row(
-        "ShapleyValueSampling", {**_MASK, "n_samples": _samples(0.05)}, drawn=True
+        "ShapleyValueSampling", {**_MASK, "n_samples": _samples(0.02)}, drawn=True
     ),
     "lime": Row("Lime", {**_MASK, "n_samples": _samples(1)}, drawn=True),
     "kernel-shap": Row("KernelShap", {**_MASK, "n_samples": _samples(1)}, drawn=True),
@@ -227,7 +228,7 @@ def against_captum(name: str, network: str, report: Report, scale: Scale) -> Non
     x = inputs(network, max(row.images, IMAGES[network]), scale.size)
     given = arguments(row, network, x)
     if scale.quick and "n_samples" in given:
-        given["n_samples"] = min(given["n_samples"], 10)
+        given["n_samples"] = min(given["n_samples"], FEW)
     layers = (LAYERS[network],) if row.layer else ()
     explainer = getattr(ox, row.cls)(networks.model(onnx_file), *layers)
     seed = {"seed": 0} if row.drawn else {}
@@ -320,7 +321,7 @@ def picture(network: str, scale: Scale) -> tuple[Path, np.ndarray, int]:
     elif not (file := SHARED / name).exists():
         raise Skip(f"the file ../shared/models/{name} is not there")
     x = np.random.default_rng(1).random((1, *shape)).astype(np.float32)
-    return file, x, min(samples, 20) if scale.quick else samples
+    return file, x, min(samples, FEW) if scale.quick else samples
 
 
 def dianna_rise(network: str, report: Report, scale: Scale) -> None:
@@ -385,7 +386,7 @@ def shap_kernel(table: str, report: Report, scale: Scale) -> None:
     session, model = networks.bare(file), networks.model(file)
     (given,) = (i.name for i in session.get_inputs())
     output = model.output.name or ""
-    samples = 100 if scale.quick else 2048
+    samples = FEW if scale.quick else 2048
     base, rows = x.mean(0, keepdims=True), x[: 2 if scale.quick else 10]
 
     def score(z: np.ndarray) -> np.ndarray:
@@ -439,7 +440,7 @@ def lime_picture(network: str, report: Report, scale: Scale) -> None:
         return quietly(
             LimeImageExplainer(random_state=0, verbose=False).explain_instance,
             image, classifier, top_labels=1, hide_color=0, num_samples=samples,
-            batch_size=batch, segmentation_fn=lambda _: segments, progress_bar=False,
+            batch_size=batch, segmentation_fn=lambda _: segments,
         )  # fmt: skip
 
     def ours() -> Any:

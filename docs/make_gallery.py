@@ -1,4 +1,4 @@
-"""Make `docs/gallery.md` and its pictures: every method on three photographs, by SqueezeNet.
+"""Make `docs/gallery.md` and its pictures: every method, most on three photographs, by SqueezeNet.
 
 `python docs/make_gallery.py [METHOD...]` from the repository; the model is looked for beside it, in
 `../shared/models/squeezenet`, or where `--model` says. The photographs come with scikit-image.
@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import sys
 import warnings
@@ -16,12 +17,16 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import skimage.data
+import sklearn.datasets
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from skimage.transform import resize
 
 import onnxplain as ox
+from onnxplain.inputs import find_preprocessing, load_inputs
 from onnxplain.methods import MethodInfo
+from onnxplain.methods.perturbation import PerturbationAttribution
+from onnxplain.perturb.segments import segments_of
 from onnxplain.result import Display
 
 DOCS = Path(__file__).resolve().parent
@@ -33,17 +38,39 @@ LAYER, NEURONS = "fire9/concat", "fire8/concat"
 CELL, COLORS, LIMIT = 108, (192, 128, 96, 64, 48), 40_000  # pixels, palettes, bytes of a sheet
 
 GROUPS = (
+    (
+        "By replacing parts of the input",
+        lambda info: issubclass(info.cls, PerturbationAttribution),
+    ),
     ("By inputs", lambda info: info.explains == "inputs" and "neuron" not in info.needs),
     ("By a layer", lambda info: info.explains == "layer" and "layer" in info.needs),
     ("Of a neuron", lambda info: "neuron" in info.needs),
     ("Maps", lambda info: True),
 )
+# What explains tables or texts: on a row or a text that comes with the project.
+TABLES = {"lime-tabular": {"num_samples": 1000}, "lime-base": {"n_samples": 400}}
+TEXTS: dict[str, dict[str, Any]] = {"lime-text": {"num_samples": 1000}}
+# By segments of the picture (slic), gray where they are off.
+_SEGMENTS: dict[str, Any] = {"feature_mask": "about 50 segments of each (slic)"}
+_GRAY: dict[str, Any] = {"baselines": "mean"}
 # Options that are not a method's defaults: more samples, noise of the size of the pixels.
 OPTIONS: dict[str, dict[str, Any]] = {
     "noise-tunnel": {"nt_samples": 20, "stdevs": 20.0},
     "gradient-shap": {"n_samples": 20},
     "layer-gradient-shap": {"n_samples": 20},
     "neuron-gradient-shap": {"n_samples": 20},
+    "feature-ablation": {**_SEGMENTS, **_GRAY},
+    "feature-permutation": {"feature_mask": "7 x 7 squares"},
+    "occlusion": {"sliding_window_shapes": (3, 32, 32), "strides": (3, 16, 16), **_GRAY},
+    "layer-feature-ablation": {"layer_mask": "each place"},
+    "layer-feature-permutation": {"layer_mask": "each place"},
+    "neuron-feature-ablation": {**_SEGMENTS, **_GRAY},
+    "shapley-values": {"feature_mask": "3 x 3 squares", **_GRAY},
+    "shapley-value-sampling": {**_SEGMENTS, **_GRAY, "n_samples": 10},
+    "lime": {**_SEGMENTS, **_GRAY, "n_samples": 500, "interpretable_model": "ridge"},
+    "kernel-shap": {**_SEGMENTS, **_GRAY, "n_samples": 500},
+    "rise": {"num_masks": 1000, **_GRAY},
+    "lime-image": {"num_samples": 500},
     "lrp": {"rules": "epsilon-alpha2-beta1-flat"},
     "layer-lrp": {"rules": "epsilon-plus"},
     # Their default is the picture itself; by a layer they are told apart from others.
@@ -87,13 +114,71 @@ def explain(
         channel = int(values.mean((2, 3)).min(0).argmax())
         asked["layer"] = NEURONS
         asked["neuron"] = (channel, slice(0, values.shape[2]), slice(0, values.shape[3]))
-    given = dict(asked)
-    if "shap" in info.name:
+    sizes = (1, 1)
+    if "layer" in asked:
+        sizes = ox.LayerActivation(model, asked["layer"]).attribute(x).shape[2:]
+    given = masks(asked, display.images, sizes)
+    if "baselines" in info.needs:
         asked["baselines"] = "two constant pictures"
         given["baselines"] = np.stack([np.full_like(x[0], v) for v in (-60, 60)])
     if "random" in info.needs:
         given["seed"] = 0
     return ox.explain(model, x, info.name, labels=labels, display=display, **given), asked
+
+
+def masks(asked: dict[str, Any], pictures: np.ndarray, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """What was asked with the masks that its words stand for."""
+    given = dict(asked)
+    for key in ("feature_mask", "layer_mask"):
+        words = str(given.get(key, ""))
+        if "segments" in words:
+            every = [segments_of(picture, "slic") for picture in pictures]
+            given[key] = np.stack(every)[:, None]
+        elif "squares" in words:
+            count = int(words[0])
+            at = np.arange(SIZE) * count // SIZE
+            given[key] = (at[:, None] * count + at)[None, None]
+        elif "place" in words:
+            given[key] = np.arange(np.prod(sizes)).reshape(1, 1, *sizes)
+    return given
+
+
+def bundled(name: str) -> tuple[ox.Explanation, dict[str, Any]]:
+    """A method's explanation of a table's row or of a text, by a model of the project's own."""
+    asked = {**TABLES, **TEXTS}[name]
+    folder = DOCS.parent / "models" / ("sentiment" if name in TEXTS else "breast_cancer")
+    (path,) = folder.glob("*.onnx")
+    model = ox.Model(path)
+    source = folder / "samples" / ("negation.txt" if name in TEXTS else "patients.csv")
+    sample = load_inputs([source], model.inputs, find_preprocessing(path))
+    given = dict(asked)
+    if name == "lime-tabular":
+        given["baselines"] = sklearn.datasets.load_breast_cancer().data
+        asked = {**asked, "baselines": "scikit-learn's breast cancer data"}
+    inputs = {k: v[:1] for k, v in sample.arrays.items()}
+    labels = sample.setting.labels
+    explained = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    rest = {k: v for k, v in inputs.items() if k not in explained} or None
+    return ox.explain(
+        model,
+        explained,
+        name,
+        display=dataclasses.replace(sample.display, names=None),
+        labels=None if labels is None else list(labels),
+        additional_forward_args=rest,
+        seed=0,
+        **given,
+    ), asked
+
+
+def drawing(explanation: ox.Explanation) -> bytes:
+    """A PNG of an explanation as it is drawn."""
+    file = io.BytesIO()
+    explanation.plot().savefig(file, format="png", dpi=50)
+    picture = PIL.Image.open(file).convert("RGB").quantize(64, dither=PIL.Image.Dither.NONE)
+    reduced = io.BytesIO()
+    picture.save(reduced, "PNG", optimize=True)
+    return reduced.getvalue()
 
 
 def panels(figure: Figure) -> tuple[np.ndarray, np.ndarray]:
@@ -152,8 +237,9 @@ def _file(name: str) -> str:
 
 PAGE = """# Gallery
 
-Every method of `ox.methods()` on three photographs, explained by SqueezeNet 1.0 for the class that
-it predicts: {classes}.
+Every method of `ox.methods()`, nearly all on three photographs, explained by SqueezeNet 1.0 for the
+class that it predicts: {classes}. Those for tables and texts explain a row and a text of the
+models that come with the project.
 Made by `python docs/make_gallery.py`.
 
 Above, signed attributions over the picture (red speaks for the class, blue against it); below,
@@ -190,8 +276,13 @@ def main() -> int:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
-                explanation, asked = explain(known[name], model, x, display, labels)
-            (DOCS / _file(name)).write_bytes(sheet(explanation))
+                if name in TABLES or name in TEXTS:
+                    explanation, asked = bundled(name)
+                    drawn = drawing(explanation)
+                else:
+                    explanation, asked = explain(known[name], model, x, display, labels)
+                    drawn = sheet(explanation)
+            (DOCS / _file(name)).write_bytes(drawn)
             written[name] = entry(known[name], explanation, asked)
         except ox.OnnxplainError as error:
             print(f"{name}: {error}", file=sys.stderr)

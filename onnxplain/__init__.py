@@ -24,12 +24,14 @@ from onnxplain.methods import *  # noqa: F403
 from onnxplain.methods import __all__ as _methods
 from onnxplain.methods import registry as methods
 from onnxplain.model import Model, differentiate
+from onnxplain.perturb.maskers import Background
 from onnxplain.result import Display, Explanation, load_explanation
 from onnxplain.rules import lrp
 
 __version__ = _version.VERSION
 
 __all__ = [
+    "Background",
     "BlackBox",
     "Display",
     "EvaluationError",

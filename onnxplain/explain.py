@@ -130,7 +130,7 @@ def explain(
     record = {"baselines": _described(baselines)} if info.takes_baselines else {}
     explanation = Explanation(
         method=info.name,
-        inputs={k: feeds.arrays[k] for k in feeds.explained},
+        inputs={k: _without_objects(feeds.arrays[k]) for k in feeds.explained},
         arrays=arrays,
         form=form,  # type: ignore[arg-type]
         prediction=prediction if prediction.ndim else np.broadcast_to(prediction, feeds.count),
@@ -202,6 +202,11 @@ def _described(baselines: Any) -> str:
         return ", ".join(map(_described, baselines))
     shape = list(np.shape(baselines))
     return f"array {shape}" if shape else "zeros" if baselines is None else str(baselines)
+
+
+def _without_objects(array: np.ndarray) -> np.ndarray:
+    """Text as fixed-width strings, which can be saved."""
+    return array.astype(str) if array.dtype.hasobject else array
 
 
 def _recorded(option: Any) -> Any:

@@ -283,3 +283,64 @@ def test_an_example_takes_its_own_steps(net: ox.Model) -> None:
         np.testing.assert_allclose(alone.attributions[0], together.attributions[i], rtol=1e-6)
         for name, figure in alone.checks.items():
             np.testing.assert_allclose(figure, together.checks[name][[i]], rtol=1e-4, atol=1e-7)
+
+
+# --- methods that look at answers only ----------------------------------------------------------
+
+
+def test_token_numbers_are_explained_as_they_are() -> None:
+    table = rng.standard_normal((7, 4)).astype(np.float32)
+    tokens = model(TOKENS, {"table": table, "w": W})
+    ids = np.array([[1, 2, 3], [4, 4, 6]])
+    found = ox.explain(tokens, ids, "feature-ablation", 1)
+    assert list(found.arrays) == ["ids"]
+    assert found.inputs["ids"].dtype == np.int64
+    for place in range(3):
+        off = ids.copy()
+        off[:, place] = 0
+        worth = tokens(ids)["y"][:, 1] - tokens(off)["y"][:, 1]
+        np.testing.assert_allclose(found.attributions[:, place], worth, rtol=1e-4, atol=1e-5)
+
+
+def test_standard_errors_and_features_are_kept(net: ox.Model, tmp_path: Path) -> None:
+    mask = np.array([0, 0, 1, 2])
+    found = ox.explain(net, X, "shapley-value-sampling", 0, feature_mask=mask, seed=0)
+    errors = found.standard_errors["x"]
+    assert errors.shape == X.shape
+    np.testing.assert_array_equal(found.feature_row("x"), mask)
+    assert (found.attributions[:, 0] == found.attributions[:, 1]).all()
+    found.save(tmp_path / "why.npz")
+    again = ox.load_explanation(tmp_path / "why.npz")
+    np.testing.assert_array_equal(again.standard_errors["x"], errors)
+    np.testing.assert_array_equal(again.features["x"], found.features["x"])
+    assert ox.explain(net, X, "feature-ablation").standard_errors == {}
+
+
+def test_a_surrogate_of_what_interacts_is_told() -> None:
+    parity = ox.BlackBox(lambda x: np.prod(2 * x - 1, axis=1))
+    with pytest.warns(UserWarning, match=r"surrogate that leaves unexplained.*up to \d+%"):
+        found = ox.explain(parity, np.ones((1, 4)), "lime", n_samples=500, seed=0)
+    assert found.checks["fit"][0] < 0.5
+
+
+def test_long_options_are_on_record_by_their_digest(digits: ox.Model) -> None:
+    x = load_digits().images[[3], None].astype(np.float32) / 16
+    masks = [np.arange(64).reshape(1, 1, 8, 8) // n for n in (1, 1, 2)]
+    wide = [np.broadcast_to(m, (5, 1, 8, 8)) for m in masks]
+    x = np.repeat(x, 5, axis=0)
+    said = [
+        ox.explain(digits, x, "feature-ablation", feature_mask=m).options["feature_mask"]
+        for m in wide
+    ]
+    assert said[0].startswith("int64 [5, 1, 8, 8], sha256 ")
+    assert said[0] == said[1] != said[2]
+
+
+def test_options_without_a_default_are_asked_for(net: ox.Model) -> None:
+    with pytest.raises(ox.InputError, match="'occlusion' needs .* sliding_window_shapes"):
+        ox.explain(net, X, "occlusion")
+
+
+def test_baselines_of_other_kinds_are_on_record(net: ox.Model) -> None:
+    rows = ox.explain(net, X, "feature-ablation", baselines=ox.Background(X[:3]))
+    assert rows.provenance["baselines"] == "mean over rows: array [3, 4]"

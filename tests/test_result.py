@@ -46,6 +46,8 @@ def full() -> Explanation:
         form="dict",
         target=np.array([[1], [2]], np.int32),
         layer="/layer4/Conv",
+        standard_errors={"/layer4/Conv_output_0": np.array([[np.nan, 0.1], [np.inf, 0]])},
+        features={"métadata\n": np.array([[7]])},
         display=Display(
             kind="image",
             layout="NHWC",
@@ -106,6 +108,9 @@ def test_attributions_come_in_the_form_of_the_inputs() -> None:
         ({"target": np.array([1, 1, 1])}, r"int64 \[3\]"),
         ({"target": np.array(1)}, r"int64 \[\]"),
         ({"labels": ["cat", "dog"]}, "2 labels"),
+        ({"standard_errors": {"x": np.ones((2, 1))}}, r"errors of 'x' have shape \[2, 1\]"),
+        ({"standard_errors": {"y": np.ones((2, 4))}}, "no attributions of that name"),
+        ({"features": {"x": np.ones((1, 3), int)}}, r"features of 'x' have shape \[1, 3\]"),
         ({"display": Display(kind="table", names=["a"])}, "1 display.names for 2 examples"),
     ],
 )
@@ -315,3 +320,53 @@ def test_plot_refuses_other_suffixes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\.png"):
         explanation().plot(tmp_path / "why.docx")
     assert not os.listdir(tmp_path)
+
+
+# --- estimates and features ---------------------------------------------------------------------
+
+
+def test_standard_errors_are_told_beside_the_values() -> None:
+    errors = np.array([[0.1, 0.5, 0.3, 0.2], [0.1, 0.1, 0.1, np.nan]])
+    made = explanation(standard_errors={"x": errors})
+    np.testing.assert_array_equal(made.error_row("x", 1), errors[1])
+    assert explanation().error_row("x") is None
+    first, second = (e["attributions"]["x"] for e in made.summary(top=2)["examples"])
+    assert first["top"] == [
+        {"index": 1, "value": -3.0, "standard_error": 0.5},
+        {"index": 2, "value": 2.0, "standard_error": 0.3},
+    ]
+    assert second["top"][0]["standard_error"] == "nan"
+    assert json.loads(made.to_json())
+
+
+def test_values_that_are_one_feature_count_once() -> None:
+    values = np.array([[2.0, 2.0, -5.0, 2.0], [1.0, 3.0, 1.0, 1.0]])
+    masks = np.array([[4, 4, 9, 4], [0, 1, 0, 0]])
+    made = explanation(
+        arrays={"x": values}, features={"x": masks}, standard_errors={"x": values / 10}
+    )
+    first, second = (e["attributions"]["x"] for e in made.summary()["examples"])
+    assert first == {
+        "sum": -3.0,
+        "top": [
+            {"feature": 9, "size": 1, "value": -5.0, "standard_error": -0.5},
+            {"feature": 4, "size": 3, "value": 2.0, "standard_error": 0.2},
+        ],
+    }
+    assert second["sum"] == 4
+    shared = explanation(arrays={"x": values}, features={"x": masks[:1]})
+    np.testing.assert_array_equal(shared.feature_row("x", 1), masks[0])
+
+
+def test_files_of_the_first_format_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "why.npz"
+    explanation().save(path)
+    with np.load(path) as file:
+        members = dict(file)
+    written = json.loads(members["metadata"].tobytes())
+    written["version"] = 1
+    for group in ("standard_errors", "features"):
+        assert written["names"].pop(group) == []
+    members["metadata"] = np.frombuffer(json.dumps(written).encode(), np.uint8)
+    np.savez(path, **members)
+    assert_same(load_explanation(path), explanation(inputs=load_explanation(path).inputs))

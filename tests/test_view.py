@@ -540,3 +540,102 @@ def test_views_use_no_global_matplotlib_state() -> None:
         "view.html(e); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- estimates and features ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (0.3123, 0.0213, "0.312 ± 0.021"),
+        (-0.3123, 0.2, "-0.31 ± 0.20"),
+        (12345.6, 12, "12346 ± 12"),
+        (1.2e-6, 3e-8, "(1.200 ± 0.030)e-06"),
+        (1e7, 2e5, "(1.000 ± 0.020)e+07"),
+        (0, 0.01, "0.000 ± 0.010"),
+        (3, 0, "3 ± 0"),
+        (0.5, 1e-9, "0.5 ± 1e-09"),
+        (0.31, float("inf"), "0.31 ± inf"),
+        (0.3123, None, "0.312"),
+    ],
+)
+def test_estimates_are_told_to_the_digit_that_means_something(
+    value: float, error: float | None, text: str
+) -> None:
+    assert common.estimate(value, error) == text
+
+
+def estimates(x: np.ndarray, values: np.ndarray, display: Display, **changes: Any) -> Explanation:
+    errors = np.full_like(values, 0.25)
+    return explain(x, values, display, standard_errors={"x": errors}, **changes)
+
+
+def test_tables_have_whiskers_of_one_standard_error() -> None:
+    values = np.array([[1.0, -2.0, 0.5, 0.1]])
+    display = Display(kind="table", feature_names=list("abcd"))
+    made = estimates(values, values, display)
+    figure = view.figure(made, top=2)
+    assert "-2.00 ± 0.25" in text_of(figure) and "one standard error" in text_of(figure)
+    (whiskers,) = figure.axes[0].collections
+    ends = [segment[:, 0] for segment in whiskers.get_segments() if np.isfinite(segment).all()]
+    np.testing.assert_allclose(ends, [[-2.25, -1.75], [0.75, 1.25]])
+    lines = view.terminal(made, top=2, color=False).splitlines()[2:]
+    assert re.search(r"b = -2 +-2.00 ± 0.25  █+$", lines[0])
+    assert re.search(r"\(2 others\) +\+6.000e-01", lines[2])
+    assert not view.figure(explain(values, values, display)).axes[0].collections
+
+
+def test_tokens_and_pictures_say_how_sure_they_are() -> None:
+    display = Display(kind="text", tokens=[["good", "film"]])
+    made = estimates(np.array([[5, 6, 0]]), np.array([[1.0, -2.0, 0.0]]), display)
+    assert "good(+1±0.2) film(-2±0.2)" in view.terminal(made, color=False)
+    assert 'title="+1.000e+00±0.2"' in view.html(made)
+    x = np.zeros((1, 1, 8, 8))
+    image = Display(kind="image", layout="NCHW")
+    assert "± 0.25 (mean standard error)" in text_of(view.figure(estimates(x, x + 1, image)))
+
+
+def test_checks_of_samples_and_of_what_was_interrupted() -> None:
+    checks = {"samples": np.array([1200]), "fit": np.array([0.87]), "completed": np.array([0.4])}
+    x = np.ones((1, 4))
+    made = explain(x, x, Display(kind="table"), checks=checks)
+    title = text_of(view.figure(made))
+    assert "samples 1200" in title and "fit R² 0.87" in title
+    assert "INCOMPLETE: interrupted after 40% of its samples" in title
+    assert "INCOMPLETE" in view.html(made) and "INCOMPLETE" in view.terminal(made)
+    whole = explain(x, x, checks={**checks, "completed": np.ones(1)})
+    assert "INCOMPLETE" not in view.terminal(whole)
+
+
+def test_features_are_one_bar_each() -> None:
+    values = np.array([[2.0, 2.0, -5.0, 1.0, 1.0, 1.0, 1.0]])
+    features = {"x": np.array([[0, 0, 1, 2, 2, 2, 2]])}
+    display = Display(kind="table", feature_names=list("abcdefg"))
+    made = explain(values, values, display, features=features)
+    rows = view.table.ranked(common.frame(made), top=2)
+    assert [(row.name, row.attribution) for row in rows] == [
+        ("c = -5", -5), ("a = 2 & b = 2", 2), ("(1 others)", 1)
+    ]  # fmt: skip
+    assert view.table.ranked(common.frame(made), top=3)[2].name == "d = 1 & 3 more"
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_segments_of_pictures(layout: Any) -> None:
+    mask = np.zeros((1, 1, 8, 8), int)
+    mask[..., 2:5, 4:7] = 1
+    values = np.where(mask == 1, 3.0, 0.5).repeat(3, axis=1)
+    if layout == "NHWC":
+        mask, values = mask.transpose(0, 2, 3, 1), values.transpose(0, 2, 3, 1)
+    display = Display(kind="image", layout=layout)
+    made = explain(np.zeros_like(values), values, display, features={"x": mask})
+    assert "9 pixels around row 3, column 5  +3.000e+00" in view.terminal(made)
+    text = text_of(view.figure(made))
+    assert "the same in all 3 channels" in text and "largest |attribution| 3" in text
+
+
+def test_padding_of_one_feature_is_counted_once() -> None:
+    display = Display(kind="text", tokens=[["good"]])
+    values = np.array([[1.0, 2.0, 2.0]])
+    made = explain(np.ones((1, 3)), values, display, features={"x": np.array([[0, 1, 1]])})
+    assert "(+2 positions)(+2)" in view.terminal(made, color=False)

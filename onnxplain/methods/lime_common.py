@@ -423,7 +423,7 @@ def chosen_labels(
 
     Args:
         first: scores of the explained instance, [K].
-        labels: what is explained where ``top_labels`` is None or 0.
+        labels: what is explained where ``top_labels`` is None or 0; positions among these.
         top_labels: explain so many labels with the highest scores instead.
 
     Raises:
@@ -448,18 +448,19 @@ def checked_scores(scores: np.ndarray, count: int) -> np.ndarray:
     """Scores as [S, K].
 
     Raises:
-        EvaluationError: no row for each sample, more than one axis of scores, NaN or infinity.
+        EvaluationError: no row for each sample, NaN or infinity.
     """
-    if scores.ndim not in (1, 2) or len(scores) != count:
+    if not scores.ndim or len(scores) != count:
         raise EvaluationError(
-            f"the model answers shape {list(scores.shape)} to {count} samples; LIME needs one row "
-            "of scores for each: name another output (ox.Model(..., output=...))"
+            f"the model answers shape {list(scores.shape)} to {count} samples; LIME needs scores "
+            "for each: name another output (ox.Model(..., output=...))"
         )
     if not all_finite(scores):
         bad = np.flatnonzero(~np.isfinite(scores.reshape(count, -1)).all(axis=1))
         raise EvaluationError(
-            f"the model answers NaN or infinity to {len(bad)} of {count} samples, the first of "
-            f"them number {bad[0]}: take a baseline (hide_color, mask) that it can handle"
+            f"the model answers NaN or infinity to {len(bad)} of {count} samples: it must have a "
+            "finite score for perturbed inputs too; hide parts with something else, or look where "
+            "the model divides or takes logarithms"
         )
     return scores.reshape(count, -1)
 

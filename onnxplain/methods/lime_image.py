@@ -243,12 +243,9 @@ class LimeImage(LimeAttribution):
         fit = self._surrogate(num_features, distance_metric, model_regressor)
         if random_seed is None:
             self._random.randint(0, high=1000)
-        how = (
-            segmentation("quickshift", kernel_size=4)
-            if segmentation_fn is None
-            else segmentation_fn
-        )
-        segments = segments_of(as_rgb(picture), how)
+        if segmentation_fn is None:
+            segmentation_fn = segmentation("quickshift", kernel_size=4, max_dist=200)
+        segments = segments_of(as_rgb(picture), segmentation_fn)
         z = _coalitions(self._random, num_samples, segments)
         hidden = _hidden(picture, segments, hide_color)
         make = self.preprocess or (lambda batch: _laid_out(batch, axis))

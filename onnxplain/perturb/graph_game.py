@@ -105,7 +105,8 @@ class Graph:
             self.examples = 1 if self.stacked else model.fixed_batch
         self.sides = _sides(model.graph.graph, play.of, play.wrt) if layers else []
         kind = "given" if isinstance(play.off, Given) else "off"
-        fed = [*play.form.fed(), *play.form.shared(np.zeros(1, np.int64)), "order", "columns"]
+        shared = play.form.shared(np.zeros(1, np.int64))
+        fed = [*play.form.fed(), *shared, "order", "columns"]
         fed += [f"value.{v.name}" for v in (*play.wrt, *self.sides)]
         fed += [f"{kind}.{v.name}" for v in play.wrt]
         self.names = {k: model.free_name(f"perturb.{k}") for k in fed}
@@ -114,6 +115,7 @@ class Graph:
             ("perturb", play.of.name, tuple(v.name for v in play.wrt), play.form.key),
             (type(off).__name__, off.zero if isinstance(off, Off) else None, off.count > 1),
             (play.scores.columns is None, play.scores.summed, self.stacked, play.at_once),
+            tuple(array.shape[1:] for array in shared.values()),
         )
         batch = model.fixed_batch if self.stacked else 1
         repeat = self.stacked and not direct

@@ -82,11 +82,11 @@ ELSEWHERE = {
     "LRP": "test_lrp.py",
     "LayerLRP": "test_lrp.py",
 }
-PERTURBATION = {
+PERTURBATION = (  # compared in test_perturbation.py
     *("FeatureAblation", "FeaturePermutation", "Occlusion", "ShapleyValueSampling"),
     *("ShapleyValues", "Lime", "KernelShap", "LimeBase", "LayerFeatureAblation"),
     *("NeuronFeatureAblation", "LayerFeaturePermutation"),
-}
+)
 
 
 def rows() -> Iterator[tuple[str, str]]:
@@ -288,8 +288,13 @@ def test_noise_tunnel_without_noise(method: str, name: str, nt_type: str) -> Non
 
 # ------------------------------------------------------------------------- what can be asked
 
-# Our default is as much as fits the memory; Captum's own is a batch of one, or everything.
-DEFAULTS = {"internal_batch_size", "nt_samples_batch_size"}
+# Our default is as much as fits the memory; Captum's own is a batch of one, or everything. What
+# Captum requires of LimeBase has defaults here, and ours is drawn inside of feature permutation.
+DEFAULTS = {
+    *("internal_batch_size", "nt_samples_batch_size", "perturbations_per_eval", "perm_func"),
+    *("interpretable_model", "similarity_func", "perturb_func", "perturb_interpretable_space"),
+    *("from_interp_rep_transform", "to_interp_rep_transform"),
+}
 # Of the differentiator that Captum runs on, and what an `ox.Model` knows itself.
 TORCH_ONLY = {
     *("grad_kwargs", "device_ids", "show_progress", "forward_func", "model", "verbose"),
@@ -297,7 +302,9 @@ TORCH_ONLY = {
 }
 
 
-@pytest.mark.parametrize("method", [*GRADIENT, *MODIFIED, *DEEPLIFT, *ELSEWHERE, "NoiseTunnel"])
+@pytest.mark.parametrize(
+    "method", [*GRADIENT, *MODIFIED, *DEEPLIFT, *ELSEWHERE, *PERTURBATION, "NoiseTunnel"]
+)
 @pytest.mark.parametrize("function", ["__init__", "attribute"])
 def test_parameters_have_captums_names_order_and_defaults(method: str, function: str) -> None:
     theirs = parameters(getattr(getattr(ca, method), function))
@@ -311,7 +318,7 @@ def test_parameters_have_captums_names_order_and_defaults(method: str, function:
         assert ours[name].default == theirs[name].default, name
 
 
-def test_every_gradient_method_of_captum_is_compared_somewhere() -> None:
+def test_every_method_of_captum_is_compared_somewhere() -> None:
     classes = {
         name for name, cls in vars(ca).items()
         if inspect.isclass(cls) and issubclass(cls, ca.Attribution) and hasattr(cls, "attribute")
@@ -319,6 +326,6 @@ def test_every_gradient_method_of_captum_is_compared_somewhere() -> None:
     bases = {"Attribution", "GradientAttribution", "PerturbationAttribution", "InternalAttribution"}
     bases |= {"LayerAttribution", "NeuronAttribution", "NoiseTunnel", "LLMAttribution"}
     bases |= {"LLMGradientAttribution", "RemoteLLMAttribution", "DataLoaderAttribution"}
-    compared = {*GRADIENT, *MODIFIED, *DEEPLIFT, *ELSEWHERE}
-    others = {c for c in classes - compared - PERTURBATION - bases if not c.startswith("_")}
+    compared = {*GRADIENT, *MODIFIED, *DEEPLIFT, *ELSEWHERE, *PERTURBATION}
+    others = {c for c in classes - compared - bases if not c.startswith("_")}
     assert not others, others

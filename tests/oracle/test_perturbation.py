@@ -454,7 +454,9 @@ def test_shapley_sampling_on_the_same_orders(name: str, sampling: str) -> None:
     options = {"inputs": xs, "target": None if name == "total" else 1}
     features = sum(x[0].numel() for x in both.xs)
     seed, count = 7, 4 * features
-    got = both.ours("ShapleyValueSampling", **options, n_samples=count, seed=seed, sampling=sampling)
+    got = both.ours(
+        "ShapleyValueSampling", **options, n_samples=count, seed=seed, sampling=sampling
+    )
     orders = permutations(seed, 0, count, features, sampling)
     assert len(np.unique(orders, axis=0)) > 2 * features
     theirs = ca.ShapleyValueSampling(both.net)
