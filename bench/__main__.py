@@ -19,7 +19,10 @@ from bench.figures import QUICK, Scale, units
 from bench.measure import ROOT, Report
 from bench.networks import THREADS, Skip
 
-PACKAGES = ("numpy", "onnx", "onnxruntime", "torch", "timm", "captum", "onnx2torch")
+PACKAGES = (
+    *("numpy", "numba", "onnx", "onnxruntime", "torch", "timm", "captum", "onnx2torch", "dianna"),
+    *("shap", "lime"),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

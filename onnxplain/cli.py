@@ -46,6 +46,8 @@ _IN_PYTHON = {
     "(baselines=)": "(--baseline FILE)",
     "(feature_mask)": "(--segments, --option feature_mask=FILE.npy)",
     "a feature_mask": "--segments or --option feature_mask=FILE.npy, with",
+    "(segmentation='slic')": "(--segments slic)",
+    "(segmentation('quickshift', kernel_size=1))": "(--segments grid:7)",
     "(n_steps)": "(--option n_steps=200)",
     "(n_samples)": "(--option n_samples=50)",
     "(nt_samples)": "(--option nt_samples=50)",
@@ -452,9 +454,9 @@ def _plain(value: Any) -> Any:
 )
 @click.option(
     "--segments",
-    metavar="slic|quickshift|felzenszwalb|watershed|FILE|none",
-    help="What of a picture is switched off together: slic:50 makes about 50 segments, a .npy has"
-    " their numbers, none takes each value by itself.",
+    metavar="slic|quickshift|felzenszwalb|watershed|grid:N|FILE|none",
+    help="What of a picture is switched off together: slic:50 makes about 50 segments, grid:7 has"
+    " 7 x 7, a .npy their numbers; none takes each value by itself.",
 )
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Of the method.")
 @click.option("--seed", type=int, help="For methods that sample.")
@@ -551,7 +553,7 @@ def explain(
 _GROUPED = {"feature_mask", "segmentation"}
 # Up to so many values of a picture are each a feature, where the user does not say.
 _FEW_PIXELS = 256
-_SEGMENTS = {"shapley-values": "slic:10"}  # of which it takes every subset
+_SEGMENTS = {"shapley-values": "grid:3"}  # it takes every subset of them
 _SEGMENTS_OF_OTHERS = "slic:50"
 # Samples of a surrogate for each of its features.
 _SAMPLES = 20

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 import onnxplain as ox
 from onnxplain.cli import main
 from onnxplain.inputs import find_preprocessing, load_input
-from onnxplain.run.session import runtime
+from onnxplain.run.session import Session, runtime
 from tests.helpers import HEAD
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
@@ -318,6 +318,161 @@ def test_logs_go_to_standard_error() -> None:
     assert all(line.startswith(("info: ", "warning: ")) for line in result.stderr.splitlines())
 
 
+# --- methods that switch parts of the input off -------------------------------------------------
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> tuple[str, str]:
+    """A model of pictures whose first score is the red of the left half, and a picture."""
+    proto = onnx.parser.parse_model(
+        HEAD
+        + """photo (float[N,3,32,32] image) => (float[N,2] scores) {
+        left = Slice(image, zero, half, last)
+        sums = ReduceMean<keepdims=0>(left, places)
+        scores = Slice(sums, zero, two, one)
+    }"""
+    )
+    constants = {"zero": [0], "half": [16], "last": [3], "places": [2, 3], "two": [2], "one": [1]}
+    for name, value in constants.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), name))
+    pixels = np.random.default_rng(0).integers(0, 60, (32, 32, 3), np.uint8)
+    pixels[8:24, 4:12] = [250, 120, 0]
+    onnx.save(proto, tmp_path / "photo.onnx")
+    PIL.Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return str(tmp_path / "photo.onnx"), str(tmp_path / "photo.png")
+
+
+def top(output: str) -> list[dict[str, float]]:
+    (only,) = json.loads(output)["examples"][0]["attributions"].values()
+    return list(only["top"])
+
+
+def test_pictures_are_explained_by_segments(photo: tuple[str, str]) -> None:
+    arguments = ("explain", *photo, "--json", "--target", "0", "--seed", "0", "--method")
+    for name in ("feature-ablation", "shapley-value-sampling", "kernel-shap", "lime"):
+        result = run(*arguments, name)
+        assert result.exit_code == 0, result.stderr
+        assert "segments, not pixels: --segments slic:50" in result.stderr
+        found = top(result.stdout)
+        assert found[0]["size"] % 3 == 0 and found[0]["value"] > 0
+        assert ("standard_error" in found[0]) == (name != "feature-ablation")
+        surrogate = name in ("kernel-shap", "lime")
+        assert bool(re.search(r"\d+ features: --option n_samples=\d+", result.stderr)) == surrogate
+    result = run(*arguments, "shapley-values")
+    assert "--segments grid:3" in result.stderr
+    assert top(result.stdout)[0]["size"] in (3 * 10 * 10, 3 * 10 * 11, 3 * 11 * 11)
+    pixels = run(*arguments, "feature-ablation", "--segments", "none")
+    assert pixels.stderr == "" and "index" in top(pixels.stdout)[0]
+
+
+@pytest.mark.parametrize("baseline", ["mean", "blur", "noise", "inpaint", "segment-mean", "0.5"])
+@pytest.mark.parametrize("segments", ["slic:20", "watershed:20", "quickshift", "grid:4", "FILE"])
+def test_segments_and_baselines(
+    photo: tuple[str, str], segments: str, baseline: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "halves.npy"
+    np.save(file, np.indices((32, 32))[1] // 16)
+    how = str(file) if segments == "FILE" else segments
+    found = top(
+        done("explain", *photo, "--json", "--target", "0", "--method", "feature-ablation",
+             "--segments", how, "--baseline", baseline)
+    )  # fmt: skip
+    if segments == "FILE":
+        assert [entry["size"] for entry in found] == [1536, 1536]
+    assert found[-1]["size"] < 3 * 32 * 32
+    if baseline == "segment-mean":  # leaves the sum over a segment as it is
+        assert max(abs(entry["value"]) for entry in found) < 0.2
+
+
+def test_occlusion_has_windows_that_suit_the_input(photo: tuple[str, str]) -> None:
+    result = run("explain", *photo, "--json", "--target", "0", "--method", "occlusion")
+    assert "--option sliding_window_shapes=[3,2,2] --option strides=[3,1,1]" in result.stderr
+    assert json.loads(result.stdout)["options"]["sliding_window_shapes"] == [3, 2, 2]
+    arguments = ("explain", *photo, "--json", "--method", "occlusion", "--option")
+    mine = run(*arguments, "sliding_window_shapes=3,16,16", "--option", "strides=3,16,16")
+    assert mine.stderr == ""
+    assert json.loads(mine.stdout)["options"]["strides"] == [3, 16, 16]
+    table = run("explain", CANCER, PATIENTS, "--json", "--method", "occlusion")
+    assert json.loads(table.stdout)["options"]["sliding_window_shapes"] == [1]
+
+
+def test_a_mask_from_a_file(tmp_path: Path) -> None:
+    file, mean = tmp_path / "groups.npy", MODELS / "breast_cancer" / "samples" / "training_mean.csv"
+    np.save(file, np.arange(30) // 10)
+    found = json.loads(
+        done("explain", CANCER, PATIENTS, "--json", "--method", "shapley-values", "--option",
+             f"feature_mask={file}", "--baseline", str(mean))
+    )  # fmt: skip
+    for example in found["examples"]:
+        entry = example["attributions"]["features"]
+        assert sorted(each["feature"] for each in entry["top"]) == [0, 1, 2]
+        assert entry["sum"] == pytest.approx(sum(each["value"] for each in entry["top"]))
+    text = done("explain", CANCER, PATIENTS, "--method", "shapley-values", "--option",
+                f"feature_mask={file}")  # fmt: skip
+    assert "mean radius = 19.89 & 9 more" in text
+
+
+def test_rows_of_a_file_as_a_background() -> None:
+    text = done("explain", CANCER, PATIENTS, "--method", "feature-ablation", "--baseline",
+                f"background:{PATIENTS}", "--json")  # fmt: skip
+    assert json.loads(text)["provenance"]["baselines"] == f"background:{PATIENTS}"
+    model = ox.Model(CANCER)
+    x = load_input(PATIENTS, model.inputs[0], find_preprocessing(CANCER)).arrays["features"]
+    off = np.repeat(x[:1], len(x), axis=0)
+    off[:, 20] = x[:, 20]  # worst radius
+    worth = float((model(x[:1])["logits"] - model(off)["logits"].mean(axis=0))[0, 0])
+    (entry,) = [e for e in top(text) if e["index"] == 20]
+    assert entry["value"] == pytest.approx(worth, rel=1e-3)
+
+
+def test_tokens_are_features_and_padding_is_one() -> None:
+    arguments = ("explain", SENTIMENT, "it was not good", "bad", "--method", "shapley-values")
+    result = run(*arguments, "--baseline", "mask", "--json")
+    first, second = json.loads(result.stdout)["examples"]
+    assert [e["size"] for e in second["attributions"]["tokens"]["top"]] == [1, 3]
+    assert len(first["attributions"]["tokens"]["top"]) == 4
+    assert second["attributions"]["tokens"]["top"][0]["feature"] == 0
+    assert "bad(" in done(*arguments)
+
+
+def test_standard_errors_are_printed(tmp_path: Path) -> None:
+    arguments = ("explain", CANCER, PATIENTS, "--method", "shapley-value-sampling", "--seed", "1")
+    text = done(*arguments)
+    assert re.search(r"worst radius = 23.73 +-?\d.* ± 0\.\d+  █", text)
+    rough = json.loads(done(*arguments, "--json"))["examples"][0]["checks"]
+    fine = json.loads(
+        done(*arguments, "--json", "--option", "n_samples=5000", "--option", "tolerance=0.05")
+    )
+    checks = fine["examples"][0]["checks"]
+    assert checks["standard_error"] <= 0.05 < rough["standard_error"]
+    assert 25 < checks["samples"] < 5000
+
+
+def test_an_interrupt_keeps_what_was_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    plain = Session.__call__
+
+    def interrupted(self: Session, *args: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls > 12:
+            raise KeyboardInterrupt
+        return plain(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Session, "__call__", interrupted)
+    picture, archive = tmp_path / "why.png", tmp_path / "why.npz"
+    result = run("explain", DIGITS, THREE, "--method", "shapley-value-sampling", "--option",
+                 "n_samples=100", "--option", "perturbations_per_eval=50", "--output", str(picture),
+                 "--save", str(archive))  # fmt: skip
+    assert result.exit_code == 130
+    assert "INCOMPLETE" in result.stdout
+    assert f"interrupted: what was computed is in {picture}, {archive}" in result.stderr
+    assert picture.stat().st_size > 1000
+    assert 0 < ox.load_explanation(archive).checks["completed"][0] < 0.2
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
@@ -352,6 +507,20 @@ def _write(name: str, content: bytes) -> Callable[[Path], str]:
         ),
         (("explain", CANCER, PATIENTS, "--baseline", "blur"), "--baseline blur is for pictures"),
         (("explain", DIGITS, THREE, "--baseline", "none.png"), "none.png does not exist"),
+        (("explain", CANCER, PATIENTS, "--baseline", "mask"), "mask is for text"),
+        (
+            ("explain", CANCER, PATIENTS, "--method", "lime", "--segments", "slic"),
+            "only pictures have segments",
+        ),
+        (
+            ("explain", DIGITS, THREE, "--method", "lime", "--segments", "voronoi"),
+            "give quickshift, slic, felzenszwalb, watershed, grid:N, or a .npy",
+        ),
+        (
+            ("explain", DIGITS, THREE, "--method", "lime", "--segments", "quickshift:9"),
+            "a number .* is for slic, watershed and grid",
+        ),
+        (("explain", DIGITS, THREE, "--baseline", "inpaint"), "this method has no feature mask"),
         (("explain", DIGITS, THREE, "--provider", "abacus"), "'abacus' is not available"),
         (("explain", DIGITS, THREE, "--output-name", "logit"), "logits"),
         (("explain", DIGITS, THREE, "--config", "none.toml"), "none.toml does not exist"),
@@ -445,6 +614,33 @@ def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
             "must be true or false",
         ),
         (("explain", SENTIMENT, "it was good", "--size", "8,8"), "--size: for pictures"),
+        (("explain", DIGITS, THREE, "--segments", "slic"), "--segments: method .* takes none"),
+        (
+            (
+                "explain",
+                DIGITS,
+                THREE,
+                "--method",
+                "lime",
+                "--segments",
+                "slic",
+                "--option",
+                "feature_mask=3",
+            ),
+            "say the same",
+        ),
+        (
+            (
+                "explain",
+                DIGITS,
+                THREE,
+                "--method",
+                "occlusion",
+                "--option",
+                "sliding_window_shapes=wide",
+            ),
+            "must be numbers with commas",
+        ),
         (("explain", DIGITS, THREE, "--examples-axis", "x"), "is not an axis"),
         (("layers", ""), "MODEL is empty"),
         (("methods", "magic"), "there is no method 'magic'"),

@@ -31,6 +31,9 @@ MIXED = (
 OF_IMAGES = [n for n, info in ox.methods().items() if "image" in info.needs] + ["layer-grad-cam"]
 
 
+OF_OTHERS = ("lime-base", "lime-text")  # one example, texts
+
+
 @pytest.fixture(scope="module")
 def net() -> ox.Model:
     return model(NET, {"w": W})
@@ -65,16 +68,17 @@ def test_every_method_for_images_explains(digits: ox.Model, tmp_path: Path, name
 def test_methods_for_images_refuse_tables(net: ox.Model, name: str) -> None:
     info = ox.methods()[name]
     layer = "h" if "layer" in info.needs else None
-    with pytest.raises(ox.InputError, match="spatial axes"):
+    with pytest.raises(ox.InputError, match=r"spatial axes|no picture"):
         ox.explain(net, X, name, layer=layer, neuron=0 if "neuron" in info.needs else None)
 
 
-@pytest.mark.parametrize("name", [n for n in ox.methods() if n not in {*OF_IMAGES, "lime-base"}])
+@pytest.mark.parametrize("name", [n for n in ox.methods() if n not in {*OF_IMAGES, *OF_OTHERS}])
 def test_every_method_explains(net: ox.Model, name: str) -> None:
     info = ox.methods()[name]
     layer = "h" if "layer" in info.needs else None
     neuron = 2 if "neuron" in info.needs else None
-    baselines = X[::-1] if name.endswith("-shap") else None  # these need a distribution
+    needy = name.endswith("-shap") or name == "lime-tabular"  # of a distribution
+    baselines = X[::-1] if needy else None
     options = {"sliding_window_shapes": (1,)} if info.required else {}
     explanation = ox.explain(
         net, X, name, layer=layer, neuron=neuron, baselines=baselines, method_options=options
@@ -337,7 +341,7 @@ def test_long_options_are_on_record_by_their_digest(digits: ox.Model) -> None:
 
 
 def test_options_without_a_default_are_asked_for(net: ox.Model) -> None:
-    with pytest.raises(ox.InputError, match="'occlusion' needs .* sliding_window_shapes"):
+    with pytest.raises(ox.InputError, match=r"'occlusion' needs .* sliding_window_shapes"):
         ox.explain(net, X, "occlusion")
 
 

@@ -360,6 +360,44 @@ def test_explained_through_one_call() -> None:
     assert answer.standard_errors.shape == x.shape
 
 
+def test_a_model_of_a_fixed_batch() -> None:
+    m = ox.Model(shared("attention_mnist/self-attention-mnist-pgd-medium-sim.onnx"))
+    x = load_digits().images[:2].repeat(3, 1).repeat(3, 2)[:, :28, :28] / 16
+    x = np.pad(x, ((0, 0), (2, 2), (2, 2)))[..., None].astype(np.float32)
+    asked: dict[str, Any] = {"hide_color": 0.0, "num_samples": 40, "seed": 0}
+    found = LimeImage(m).attribute(x, [0, 1], "slic", **asked)
+    for i, target in enumerate((0, 1)):
+        np.testing.assert_allclose(
+            found[i : i + 1],
+            LimeImage(m).attribute(x[i : i + 1], target, "slic", **asked),
+            atol=1e-5,
+        )
+    assert np.abs(found).max() > 0
+
+
+@pytest.mark.parametrize("kind", ["float16", "double", "uint8"])
+def test_other_types(kind: str) -> None:
+    """A linear score of other numbers: attributions are float64 for doubles, else float32."""
+    names = {"float16": ("float16", 10), "double": ("double", 11), "uint8": ("uint8", 1)}
+    typed, number = names[kind]
+    m = model(
+        f"""{HEAD} m ({typed}[n, 3, 8, 8] x) => ({"float" if kind == "uint8" else typed}[n] y) {{
+            flat = Flatten(x)
+            f = Cast <to = {number}> (flat)
+            axes = Constant <value_ints = [1]> ()
+            y = ReduceMean <keepdims = 0> (f, axes)
+        }}"""
+    )
+    x = RNG.integers(0, 200, (1, 3, 8, 8)).astype(np.dtype(kind))
+    cut = np.arange(64).reshape(8, 8) // 8
+    found = LimeImage(m).attribute(
+        x, segmentation=cut, hide_color=3, num_samples=40, model_regressor=LeastSquares(), seed=0
+    )
+    assert found.dtype == (np.float64 if kind == "double" else np.float32)
+    wanted = (x[0].astype(float) - 3).sum(axis=(0, 2)) / x[0].size
+    np.testing.assert_allclose(found[0, 0, :, 0], wanted, rtol=3e-2 if kind == "float16" else 1e-5)
+
+
 # ---- bad input ---------------------------------------------------------------------------------
 
 
@@ -377,6 +415,7 @@ def test_explained_through_one_call() -> None:
         ({"batch_size": 0}, "batch_size"),
         ({"hide_color": (1, 2)}, "hide_color"),
         ({"hide_color": "grey"}, "hide_color"),
+        ({"hide_color": np.nan}, "hide_color"),
         ({"distance_metric": "near"}, "distance_metric 'near'"),
         ({"model_regressor": object()}, "fit"),
         ({"seed": -1}, "seed"),
@@ -419,6 +458,10 @@ def test_bad_images_and_labels() -> None:
         with pytest.raises(ox.InputError, match="one image at a time"):
             lime.explain_instance(image)
     asked: dict[str, Any] = {"segmentation_fn": cut, "num_samples": 10, "top_labels": None}
+    with pytest.raises(ox.InputError, match=r"4 channels.*RGBA"):
+        by_hand(lambda batch: batch.mean(axis=(1, 2)), np.ones((8, 8, 4)), cut, 0)
+    with pytest.raises(ox.InputError, match="that uint8 can hold"):
+        lime.explain_instance((255 * good).astype(np.uint8), hide_color=256, **asked)
     for labels in ((2,), (-1,)):
         with pytest.raises(ox.TargetError, match="out of range"):
             lime.explain_instance(good, labels, **asked)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import onnxplain as ox
-from onnxplain.methods.rise import RISE
+from onnxplain import RISE
 from onnxplain.errors import EvaluationError, IncompleteWarning, InputError
 from onnxplain.methods.interpolate import MODES, interpolate
 from onnxplain.perturb.grid import Grid, Layout

@@ -23,24 +23,33 @@ _WINDOWS = 14
 def load_segmentation(choice: str) -> Segmentation:
     """What ``NAME``, ``NAME:N`` (about N segments) or a ``.npy`` file of segment numbers means.
 
+    ``grid:N`` divides the picture into N x N rectangles.
+
     Raises FileFormatError, or InputError for an unknown name or a number that means nothing to it.
     """
     name, colon, count = choice.partition(":")
-    if name not in SEGMENTATIONS:
+    if name not in (*SEGMENTATIONS, "grid"):
         if choice.endswith(".npy"):
             return read_npy(Path(choice))
         raise InputError(
-            f"--segments {choice}: give {', '.join(SEGMENTATIONS)}, or a .npy file with the "
-            "segment number of each pixel"
+            f"--segments {choice}: give {', '.join(SEGMENTATIONS)}, grid:N, or a .npy file with "
+            "the segment number of each pixel"
         )
-    if not colon:
+    if not colon and name != "grid":
         return segmentation(name)
-    if name not in _COUNTS or not count.isdecimal() or int(count) < 2:
+    if name not in (*_COUNTS, "grid") or not count.isdecimal() or int(count) < 2:
         raise InputError(
-            f"--segments {choice}: a number of segments (2 or more) is for "
-            f"{' and '.join(_COUNTS)}; leave it out, or divide the picture yourself (a .npy file)"
+            f"--segments {choice}: a number (2 or more) is for {', '.join(_COUNTS)} and grid; "
+            "leave it out, or divide the picture yourself (a .npy file)"
         )
+    if name == "grid":
+        return partial(_grid, int(count))
     return segmentation(name, **{_COUNTS[name]: int(count)})
+
+
+def _grid(count: int, picture: np.ndarray) -> np.ndarray:
+    rows, columns = (np.arange(size) * count // size for size in picture.shape[:2])
+    return np.asarray(rows[:, None] * count + columns)
 
 
 def load_segments(choice: str, sample: Sample) -> dict[str, np.ndarray]:

@@ -14,7 +14,6 @@ from onnxplain.methods.base import Question
 from onnxplain.methods.lime_common import (
     EVERY,
     SELECTIONS,
-    Kernel,
     LimeAttribution,
     LimeExplanation,
     Metric,
@@ -41,6 +40,8 @@ from onnxplain.run.feeds import Arrays, Feeds
 
 # Bytes of perturbed pictures that are made on the host at once.
 _BATCH_BYTES = 1 << 26
+# Samples that are drawn at once.
+_DRAWN = 4096
 # Segments of which each alone is kept, to try whether pictures are preprocessed pixel by pixel.
 _PROBES = 4
 
@@ -144,7 +145,7 @@ class LimeImage(LimeAttribution):
         model: Model,
         preprocess: Callable[[np.ndarray], Arrays] | None = None,
         kernel_width: float = 0.25,
-        kernel: Kernel | None = None,
+        kernel: Callable[[np.ndarray, float], np.ndarray] | None = None,
         feature_selection: str = "auto",
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
@@ -306,6 +307,11 @@ class LimeImage(LimeAttribution):
                 "[H, W, 3] or grey [H, W], one image at a time"
             )
         if self.preprocess is not None or not isinstance(self.model, Model):
+            if image.ndim == 3 and image.shape[2] not in (1, 3):
+                raise InputError(
+                    f"the image has {image.shape[2]} channels: give 3, or 1 for grey (of RGBA, "
+                    "image[..., :3])"
+                )
             return as_rgb(image), 2
         value = self.model.graph.graph.inputs[0]
         if value.shape is None:
@@ -371,7 +377,9 @@ def _coalitions(random: np.random.RandomState, count: int, segments: np.ndarray)
     """Which segments are kept in each sample, boolean [count, F]; all of them in the first."""
     positive(count, "num_samples", 2)
     features = int(segments.max()) + 1
-    z = random.randint(0, 2, count * features).reshape(count, features).astype(bool)
+    z = np.empty((count, features), bool)
+    for start in range(0, count, _DRAWN):  # integers take eight times the memory
+        z[start : start + _DRAWN] = random.randint(0, 2, z[start : start + _DRAWN].shape)
     z[0] = True
     return z
 
@@ -381,12 +389,17 @@ def _hidden(image: np.ndarray, segments: np.ndarray, color: Any) -> np.ndarray:
     if color is None:
         return segment_means(image, segments)
     try:
-        return np.broadcast_to(np.asarray(color), image.shape).astype(image.dtype)
+        values = np.broadcast_to(np.asarray(color), image.shape)
+        limits = np.iinfo(image.dtype) if image.dtype.kind in "iu" else np.finfo(image.dtype)
+        fits = bool(((values >= limits.min) & (values <= limits.max)).all())
     except (TypeError, ValueError):
+        fits = False
+    if not fits:
         raise InputError(
-            f"hide_color {color!r} is neither a number nor one for each of the "
-            f"{image.shape[2]} channels"
-        ) from None
+            f"hide_color {color!r} is neither a number nor one for each of the {image.shape[2]} "
+            f"channels that {image.dtype} can hold"
+        )
+    return values.astype(image.dtype)
 
 
 def _laid_out(batch: np.ndarray, axis: int | None) -> np.ndarray:

@@ -15,7 +15,6 @@ from onnxplain.methods.baselines import distributions
 from onnxplain.methods.lime_common import (
     NEEDS_SKLEARN,
     SELECTIONS,
-    Kernel,
     LimeAttribution,
     LimeExplanation,
     Metric,
@@ -341,7 +340,7 @@ class LimeTabular(LimeAttribution):
         categorical_features: Sequence[int] | None = None,
         categorical_names: Mapping[int, Sequence[str]] | None = None,
         kernel_width: float | None = None,
-        kernel: Kernel | None = None,
+        kernel: Callable[[np.ndarray, float], np.ndarray] | None = None,
         class_names: Sequence[str] | None = None,
         feature_selection: str = "auto",
         discretize_continuous: bool = True,
@@ -514,8 +513,8 @@ class LimeTabular(LimeAttribution):
         """The training data, where there are some and samples can be drawn so."""
         if training is None:
             raise InputError(
-                "there is no training data to draw samples from: give training_data "
-                "(LimeTabular(model, training_data)), or rows of it as baselines"
+                "there is no training data to draw samples from: give its rows as training_data to "
+                "LimeTabular, or to attribute (baselines=)"
             )
         if self.feature_names is not None and len(self.feature_names) != training.width:
             raise InputError(

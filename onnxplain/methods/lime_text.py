@@ -15,7 +15,6 @@ from onnxplain.errors import InputError
 from onnxplain.methods.base import Question
 from onnxplain.methods.baselines import named_baselines
 from onnxplain.methods.lime_common import (
-    Kernel,
     LimeAttribution,
     LimeExplanation,
     Metric,
@@ -181,7 +180,7 @@ class LimeText(LimeAttribution):
         model: Model,
         tokenizer: Callable[[list[str]], Arrays] | None = None,
         kernel_width: float = 25,
-        kernel: Kernel | None = None,
+        kernel: Callable[[np.ndarray, float], np.ndarray] | None = None,
         class_names: Sequence[str] | None = None,
         feature_selection: str = "auto",
         split_expression: str | Callable[[str], Sequence[str]] = r"\W+",

@@ -37,6 +37,8 @@ Baselines = Any
 """None (zeros), a number, an array, a tuple or dict of these, the name of a masker ("blur", "mean",
 "noise", "inpaint", "segment-mean"), or ``Background(rows)``, over which scores are averaged."""
 
+TOO_FEW = "there are too few samples for a standard error: take more (n_samples)"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -108,7 +110,7 @@ class PerturbationAttribution(Attribution):
         if not return_standard_error:
             return answer.result
         if answer.standard_errors is None:
-            raise InputError(f"{self.title} draws no samples here, so there is no standard error")
+            raise InputError(TOO_FEW)
         return answer.result, answer.standard_errors
 
     def answer(self, **arguments: Any) -> Answer:
@@ -213,7 +215,7 @@ class PerturbationAttribution(Attribution):
     def _select(
         self, of: ir.Value, selector: Any, shape: tuple[int, ...], count: int, at_once: bool
     ) -> tuple[targets.Seeds, np.ndarray | None]:
-        several = at_once or int(np.prod(shape)) != 1
+        several = at_once or self._of is not None or int(np.prod(shape)) != 1
         if selector is None and self.every_output and several:
             return targets.mask_seeds(np.ones((1, *shape))), None
         return super()._select(of, selector, shape, count, at_once)
@@ -249,6 +251,13 @@ class PerturbationAttribution(Attribution):
         if isinstance(mask, tuple | list) and len(question.wrt) == 1 and len(mask) == 1:
             mask = mask[0]
         shapes = self._shapes(question)
+        if mask is not None and question.groups is None:
+            mask = {
+                k: np.moveaxis(np.asarray(v), question.axes[k] or 0, 0)
+                if np.ndim(v) == len(shapes[k])
+                else v
+                for k, v in by_name(mask, list(shapes), what)[0].items()
+            }
         groups = features_of(shapes, mask, across=across, together=together, what=what)
         if question.at_once and any(len(ids) > 1 for g in groups for ids in g.ids.values()):
             raise InputError(
@@ -316,7 +325,6 @@ class PerturbationAttribution(Attribution):
         wanted = self._scores(question) if scores is None else scores
         rows = 1 if question.at_once else question.feeds.count
         numbers = np.unique(np.concatenate([g.given.ravel() for g in groups]))
-        shapes = self._shapes(question)
         whole: Found | None = None
 
         plans = [plan(group) for group in groups]
@@ -353,9 +361,14 @@ class PerturbationAttribution(Attribution):
                     )
                 except EvaluationError as error:
                     failed, outcome = error, error.partial
+                except KeyboardInterrupt:  # nothing of this group is known yet
+                    if whole is None:
+                        raise
+                    engine.warn_interrupted(int((whole.figures["completed"] == 1).sum()), rows)
+                    break
                 if outcome.values is not None:
                     whole = _merged(
-                        whole, outcome, group, rows, question.at_once, shapes, numbers, by_feature
+                        whole, outcome, group, rows, question.at_once, numbers, by_feature
                     )
                 if failed is not None or (outcome.completed < 1).any():
                     break
@@ -375,7 +388,6 @@ def _merged(
     group: Features,
     rows: int,
     at_once: bool,
-    shapes: Mapping[str, tuple[int, ...]],
     numbers: np.ndarray,
     by_feature: bool,
 ) -> Found:
@@ -383,37 +395,33 @@ def _merged(
     assert outcome.values is not None
     index = np.zeros(1, np.int64) if at_once else group.examples
     outputs = outcome.values.shape[1]
-    parts = {"values": outcome.values}
-    if outcome.errors is not None:
-        parts["errors"] = outcome.errors
-    spread = {k: group.spread(v) if by_feature else [v] for k, v in parts.items()}
-    if whole is None:
-        empty: dict[str, Any] = {
-            k: [np.full((rows, *a.shape[1:]), np.nan) for a in arrays]
-            for k, arrays in spread.items()
-        }
-        whole = Found(**empty)
-        for kind, name in _COLUMNS.items():
-            if by_feature and kind in parts:
-                setattr(whole, name, np.zeros((rows, outputs, len(numbers))))
-    for kind, arrays in spread.items():
-        for full, part in zip(getattr(whole, kind), arrays, strict=True):
-            full[index] = part
-    for kind, name in _COLUMNS.items():
-        columns = getattr(whole, name)
-        if columns is not None and kind in parts:
+    whole = whole or Found([])
+    found = {"values": outcome.values, "errors": outcome.errors}
+    for kind, part in found.items():
+        if part is None:
+            continue
+        spread = group.spread(part) if by_feature else [part]
+        if not getattr(whole, kind):
+            empty = [np.full((rows, *a.shape[1:]), np.nan) for a in spread]
+            setattr(whole, kind, empty)
+        for full, one in zip(getattr(whole, kind), spread, strict=True):
+            full[index] = one
+        if by_feature:
+            columns = np.zeros((len(index), outputs, len(numbers)))
             at = np.searchsorted(numbers, group.given)
-            wide = np.broadcast_to(at[:, None], (len(index), outputs, group.count))
-            mine = columns[index]
-            np.put_along_axis(mine, wide, parts[kind], axis=2)
-            columns[index] = mine
+            wide = np.broadcast_to(at[:, None], part.shape)
+            np.put_along_axis(columns, wide, part, axis=2)
+            if getattr(whole, _COLUMNS[kind]) is None:
+                empty = np.full((rows, *columns.shape[1:]), np.nan)
+                setattr(whole, _COLUMNS[kind], empty)
+            getattr(whole, _COLUMNS[kind])[index] = columns
     named = {"completed": outcome.completed, **outcome.extra}
     if outcome.samples.any():
         named["samples"] = outcome.samples
     for name, figure in named.items():
         if name not in whole.figures:
-            start = 0.0 if name in ("samples", "completed") else np.nan
-            whole.figures[name] = np.full((rows, *figure.shape[1:]), start)
+            start = 0 if name in ("samples", "completed") else np.nan
+            whole.figures[name] = np.full((rows, *figure.shape[1:]), start, figure.dtype)
         whole.figures[name][index] = figure
     return whole
 

@@ -14,6 +14,7 @@ from onnxplain.errors import EvaluationError, InputError
 from onnxplain.methods.base import Answer, Question
 from onnxplain.methods.noise import positive
 from onnxplain.methods.perturbation import (
+    TOO_FEW,
     Baselines,
     Found,
     PerturbationAttribution,
@@ -408,15 +409,10 @@ def checked_weights(weights: np.ndarray) -> np.ndarray:
     """Similarities as weights.
 
     Raises:
-        EvaluationError: one is negative or not finite, or all are 0.
+        EvaluationError: one is negative or not finite.
     """
     if not np.isfinite(weights).all() or (weights < 0).any():
         raise EvaluationError("similarity_func gave a weight that is negative, NaN or infinite")
-    if not weights.any():
-        raise EvaluationError(
-            "similarity_func gave 0 to every sample, so there is nothing to fit: take a wider "
-            "kernel"
-        )
     return weights
 
 
@@ -495,9 +491,7 @@ class Lime(LimeBase):
         if not wants:
             return found.columns[:, 0]
         if found.column_errors is None:
-            raise InputError(
-                "there are too few samples for a standard error: take more (n_samples)"
-            )
+            raise InputError(TOO_FEW)
         return found.columns[:, 0], found.column_errors[:, 0]
 
     def _shaped(self, question: Question, arrays: Any) -> list[np.ndarray]:

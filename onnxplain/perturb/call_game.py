@@ -68,7 +68,7 @@ class CallGame(Game):
                 mixed = x[None, None]
             wide = np.broadcast_to(mixed, (*lead, *x.shape[1:]))
             fed[name] = np.ascontiguousarray(wide).reshape(math.prod(lead), *x.shape[1:])
-        answer = play.model.evaluate(fed, None if play.at_once else play.shape)
+        answer = play.model.evaluate(fed, None if play.at_once else play.shape, play.at_once)
         values = answer.reshape(*((1, 1, 1) if play.at_once else lead), -1)
         if wanted.columns is not None:
             columns = wanted.columns

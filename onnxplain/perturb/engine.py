@@ -179,15 +179,19 @@ def run(
             raise
         if outcome.values is None:
             raise
-        full = int((outcome.completed == 1).sum())
-        warnings.warn(
-            f"interrupted: {full} of {count} example(s) are complete"
-            + (f", {len(current[0])} after {done} of {samples} samples" if current else "")
-            + "; what was not computed is NaN",
-            IncompleteWarning,
-            stacklevel=2,
-        )
+        more = f", {len(current[0])} after {done} of {samples} samples" if current else ""
+        warn_interrupted(int((outcome.completed == 1).sum()), count, more)
     return outcome
+
+
+def warn_interrupted(complete: int, count: int, more: str = "") -> None:
+    """Say what is missing."""
+    warnings.warn(
+        f"interrupted: {complete} of {count} example(s) are complete{more}; what was not computed "
+        "is NaN",
+        IncompleteWarning,
+        stacklevel=3,
+    )
 
 
 def _rounds(samples: int, unit: int, tolerance: float | None) -> Iterator[tuple[int, int]]:

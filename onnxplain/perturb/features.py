@@ -11,6 +11,9 @@ import numpy as np
 from onnxplain.errors import InputError
 from onnxplain.run.feeds import by_name
 
+# The largest number of a feature: with any number of examples, the pairs of both can be counted.
+_MOST = 2**31 - 1
+
 Shapes = Mapping[str, tuple[int, ...]]
 """The shape [N, ...] of every source, by name."""
 
@@ -161,6 +164,11 @@ def _checked(given: Any, shape: Sequence[int], what: str) -> np.ndarray:
             f"{what}: it holds {int(array.min())}, but features are numbered from 0; shift it "
             "(mask - mask.min()), and give what never changes as a feature of its own or in "
             "additional_forward_args"
+        )
+    if array.size and array.max() > _MOST:
+        raise InputError(
+            f"{what}: it holds {int(array.max())}, more than {_MOST}; number the features anew "
+            "(np.unique(mask, return_inverse=True))"
         )
     full = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
     if full.ndim != len(shape) or any(

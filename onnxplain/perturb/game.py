@@ -6,6 +6,7 @@ Equal coalitions are evaluated once; the next samples are made while the model r
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ class _Seen:
     def __init__(self, words: int) -> None:
         from onnxplain.kernels.table import Table
 
-        self.table = Table(words)
+        self.table = Table(words, sys.maxsize)
         self.words, self.count = words, 0
         self._scores = np.empty((0, 0, 0))
 

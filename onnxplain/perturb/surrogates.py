@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from onnxplain.errors import EvaluationError
 from onnxplain.perturb.forms import Block
 
 # Groups that the jackknife leaves out, one at a time.
@@ -16,8 +17,9 @@ _GROUPS = 10
 _RANK = 1e-10
 # A pair whose own score hardly counts in what is fitted to it; nothing is known of its residual.
 _OWN = 0.01
-# Features taken at a time, where there are more of them than samples.
-_WIDE = 4096
+# Features taken at a time, where there are more of them than samples; else samples (whole pairs).
+_WIDE, _TALL = 4096, 8192
+_ALL = slice(None)
 
 
 class _Stored:
@@ -46,12 +48,13 @@ class _Stored:
         """How many coalitions there are."""
         return self._count
 
-    def _present(self) -> np.ndarray:
+    def _present(self, piece: slice = _ALL) -> np.ndarray:
         """The coalitions as booleans [n, F]."""
         from onnxplain.kernels.coalitions import unpack
 
-        self._packed = [np.concatenate(self._packed)]
-        return unpack(self._packed[0], self._features)
+        if len(self._packed) > 1:
+            self._packed = [np.concatenate(self._packed)]
+        return unpack(self._packed[0][piece], self._features)
 
     def _all_scores(self) -> np.ndarray:
         self._scores = [np.concatenate(self._scores)]
@@ -84,108 +87,133 @@ class KernelShapFit(_Stored):
         super().__init__(features)
         self._weights = weights
 
-    def _fit(self) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    def _fit(self) -> _Solved:
         scores = self._all_scores()
-        outputs = scores.shape[1:]
-        if len(scores) < 2:
-            return np.full((*outputs, self._features), np.nan), None, np.full(outputs[0], np.nan)
+        outputs, rows = scores.shape[1:], len(scores) - 2
+        if rows < 0:
+            unknown = np.full((*outputs, self._features), np.nan)
+            return _Solved(unknown, None, np.full(outputs[0], np.nan), True)
         v = scores.reshape(len(scores), -1)
         total, inner = v[0] - v[1], v[2:] - v[1]
         share = total / self._features
-        present = self._present()[2:]
-        complete = self._weights is not None and len(inner) == len(self._weights)
-        if not len(inner):
-            values, errors = np.tile(share, (self._features, 1)), None
-            missed = np.zeros_like(total)
+        weights = np.ones(rows) if self._weights is None else self._weights[:rows]
+        if not rows:
+            change, missed = np.zeros((self._features, len(share))), np.zeros_like(share)
+            errors, rank = None, 0
         else:
-            weights = np.ones(len(inner)) if self._weights is None else self._weights[: len(inner)]
-            size = present.sum(axis=1)[:, None]
-            rest = inner - size * share
-            if len(inner) < self._features > _WIDE:
-                values, errors = share + _least(present, rest), None
-            else:
-                z = present - size / self._features
-                bread = self._bread(z, weights)
-                change = bread @ (z.T @ (weights[:, None] * rest))
-                left = weights[:, None] * (rest - z @ change)
-                reach = z @ bread
-                leverage = weights * (z * reach).sum(axis=1)
-                values, errors = share + change, self._spread(reach, left, leverage)
-            fitted = _times(present, values)
-            spread = inner - np.average(inner, axis=0, weights=weights)
-            missed = weights @ (inner - fitted) ** 2
-            all_of_it = weights @ spread**2
+            solve = self._wide if rows < self._features and self._weights is None else self._tall
+            change, errors, left, rank = solve(inner, share, weights)
+            missed = weights @ left**2
+            all_of_it = weights @ (inner - np.average(inner, axis=0, weights=weights)) ** 2
             with np.errstate(invalid="ignore", divide="ignore"):
                 missed = np.where(all_of_it > 0, missed / all_of_it, missed > 0)
-        if complete or self._features == 1:
+        values = share + change
+        if self._features == 1 or (self._weights is not None and rows == len(self._weights)):
             errors = np.zeros_like(values)
-        shaped = values.T.reshape(*outputs, -1)
-        wide = None if errors is None else errors.T.reshape(*outputs, -1)
-        return shaped, wide, 1 - missed.reshape(outputs).mean(axis=1)
+        return _Solved(
+            values.T.reshape(*outputs, -1),
+            None if errors is None else errors.T.reshape(*outputs, -1),
+            1 - missed.reshape(outputs).mean(axis=1),
+            rank >= self._features - 1,  # along (1, ..., 1) every coalition is centered
+        )
 
-    def _bread(self, z: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """The inverse of the normal matrix [F, F]; directions that are open are left out."""
-        values, vectors = np.linalg.eigh(z.T @ (weights[:, None] * z))
+    def _tall(
+        self, inner: np.ndarray, share: np.ndarray, weights: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, int]:
+        """Changes from equal shares [F, M], their standard errors, residuals [n, M], the rank."""
+        pieces = [slice(i, min(i + _TALL, len(inner))) for i in range(0, len(inner), _TALL)]
+        gram, cross = np.zeros((self._features, self._features)), np.zeros((self._features, 1))
+        left = np.empty_like(inner)
+        for piece in pieces:
+            z, size = self._centered(piece)
+            left[piece] = inner[piece] - size * share
+            weighted = z * weights[piece, None]
+            gram, cross = gram + z.T @ weighted, cross + weighted.T @ left[piece]
+        values, vectors = np.linalg.eigh(gram)
         open_ = values <= values[-1] * _RANK
-        if open_.sum() > 1:  # along (1, ..., 1) every coalition was centered
+        bread = (vectors * np.where(open_, 0, 1 / np.where(open_, 1, values))) @ vectors.T
+        change = bread @ cross
+        squares: Any = 0.0
+        known = self._weights is None and -(-len(inner) // 2) > self._features
+        for piece in pieces:
+            z, _ = self._centered(piece)
+            left[piece] -= z @ change
+            found = _spread(z, bread, left[piece]) if known else None
+            known = found is not None
+            squares = squares + found if known else 0.0
+        errors = np.sqrt(np.maximum(squares, 0)) if known else None
+        return change, errors, left, int((~open_).sum())
+
+    def _centered(self, piece: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Coalitions behind the first two, less each one's mean, [n, F]; their sizes [n, 1]."""
+        present = self._present(slice(piece.start + 2, piece.stop + 2))
+        size = present.sum(axis=1)[:, None]
+        return present - size / self._features, size
+
+    def _wide(
+        self, inner: np.ndarray, share: np.ndarray, weights: np.ndarray
+    ) -> tuple[np.ndarray, None, np.ndarray, int]:
+        """As :meth:`_tall`, where features outnumber samples: the smallest changes."""
+        present = self._present(slice(2, None))
+        mean = present.mean(axis=1, keepdims=True)
+        parts = [slice(i, i + _WIDE) for i in range(0, self._features, _WIDE)]
+        gram = np.zeros((len(present), len(present)))
+        for part in parts:
+            z = present[:, part] - mean
+            gram += z @ z.T
+        values, vectors = np.linalg.eigh(gram)
+        open_ = values <= values[-1] * _RANK
+        left = inner - mean * self._features * share
+        dual = (vectors * np.where(open_, 0, 1 / np.where(open_, 1, values))) @ (vectors.T @ left)
+        change = np.concatenate([(present[:, part] - mean).T @ dual for part in parts])
+        return change, None, left - gram @ dual, int((~open_).sum())
+
+    def result(self) -> np.ndarray:
+        """[E, K, F]."""
+        return self._once(self._fit).values
+
+    def standard_error(self) -> np.ndarray | None:
+        """[E, K, F]."""
+        return self._once(self._fit).errors
+
+    def figures(self) -> dict[str, np.ndarray]:
+        """How well the scores are met: R^2, [E]; warns where samples leave values open."""
+        solved = self._once(self._fit)
+        if not solved.determined:
             warnings.warn(
-                f"{len(z)} coalitions don't determine the Shapley values of {self._features} "
+                f"{self._count} coalitions don't determine the Shapley values of {self._features} "
                 "features: equal shares stand for what is open; take more samples (n_samples) or "
                 "fewer features (feature_mask)",
                 stacklevel=2,
             )
-        inverse = np.where(open_, 0, 1 / np.where(open_, 1, values))
-        return np.asarray((vectors * inverse) @ vectors.T)
-
-    def _spread(
-        self, reach: np.ndarray, left: np.ndarray, leverage: np.ndarray
-    ) -> np.ndarray | None:
-        """Standard errors [F, M]: the sandwich over pairs; None where there are too few.
-
-        Source: MacKinnon and White 1985, Journal of Econometrics 29 (HC3: residuals over one less
-        their leverage), with the two of a pair taken together.
-        """
-        pairs = -(-len(left) // 2)
-        if self._weights is not None or pairs <= self._features:
-            return None
-        if len(left) % 2:
-            parts = (reach, left, leverage)
-            reach, left, leverage = (np.concatenate([a, np.zeros_like(a[:1])]) for a in parts)
-        own = (1 - leverage[::2] - leverage[1::2]).repeat(2)
-        if own.min() < _OWN:
-            return None
-        (t, u), (r, s) = ((a[::2], a[1::2]) for a in (reach, left / own[:, None]))
-        squares = (t**2).T @ r**2 + (u**2).T @ s**2 + 2 * (t * u).T @ (r * s)
-        return np.asarray(np.sqrt(np.maximum(squares, 0)))
-
-    def result(self) -> np.ndarray:
-        """[E, K, F]."""
-        return np.asarray(self._once(self._fit)[0])
-
-    def standard_error(self) -> np.ndarray | None:
-        """[E, K, F]."""
-        found: np.ndarray | None = self._once(self._fit)[1]
-        return found
-
-    def figures(self) -> dict[str, np.ndarray]:
-        """How well the scores are met: R^2, [E]."""
-        return {"fit": self._once(self._fit)[2]}
+        return {"fit": solved.fit}
 
 
-def _least(present: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    """The smallest solution [F, M] of centered coalitions, where features outnumber samples."""
-    mean = present.mean(axis=1, keepdims=True)
-    parts = range(0, present.shape[1], _WIDE)
-    gram = sum((z := present[:, i : i + _WIDE] - mean) @ z.T for i in parts)
-    dual = np.linalg.pinv(np.asarray(gram), rcond=_RANK, hermitian=True) @ rest
-    return np.concatenate([(present[:, i : i + _WIDE] - mean).T @ dual for i in parts])
+class _Solved(NamedTuple):
+    """Values and standard errors [E, K, F], R^2 [E], whether the samples determine the values."""
+
+    values: np.ndarray
+    errors: np.ndarray | None
+    fit: np.ndarray
+    determined: bool
 
 
-def _times(present: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Coalitions [n, F] times values [F, M], a few features at a time."""
-    parts = range(0, present.shape[1], _WIDE)
-    found = [present[:, i : i + _WIDE].astype(float) @ values[i : i + _WIDE] for i in parts]
-    return np.asarray(sum(found))
+def _spread(z: np.ndarray, bread: np.ndarray, left: np.ndarray) -> np.ndarray | None:
+    """Squares of standard errors [F, M] that some pairs give rise to; None for a decisive pair.
+
+    The sandwich over pairs. Source: MacKinnon and White 1985, Journal of Econometrics 29 (HC3:
+    residuals over one less their leverage), with the two of a pair taken together.
+    """
+    reach = z @ bread
+    leverage = (z * reach).sum(axis=1)
+    if len(left) % 2:
+        parts = (reach, left, leverage)
+        reach, left, leverage = (np.concatenate([a, np.zeros_like(a[:1])]) for a in parts)
+    own = (1 - leverage[::2] - leverage[1::2]).repeat(2)
+    if own.min() < _OWN:
+        return None
+    (t, u), (r, s) = ((a[::2], a[1::2]) for a in (reach, left / own[:, None]))
+    return np.asarray((t**2).T @ r**2 + (u**2).T @ s**2 + 2 * (t * u).T @ (r * s))
 
 
 class Fit(_Stored):
@@ -213,8 +241,8 @@ class Fit(_Stored):
         """Take in samples and their scores [S, E, K]."""
         from onnxplain.kernels.coalitions import unpack
 
-        super().add(piece, block, scores)
         self._weights.append(self._weigh(piece, unpack(block["z"], self._features)))
+        super().add(piece, block, scores)
 
     def keep(self, kept: np.ndarray) -> None:
         """Go on with some of the examples."""
@@ -231,6 +259,11 @@ class Fit(_Stored):
         for e in range(scores.shape[1]):
             for k in range(scores.shape[2]):
                 y, w = scores[:, e, k], self._weights[0][:, e]
+                if not w.any():
+                    raise EvaluationError(
+                        "every sample's similarity to the input is 0, so there is nothing to fit: "
+                        "take a wider kernel"
+                    )
                 coefficients, predicted = self._model(x, y, w)
                 values.append(coefficients)
                 errors.append(self._jackknife(x, y, w))

@@ -73,6 +73,12 @@ def sliding_windows(
     Raises:
         InputError: they don't fit the sources.
     """
+    for name, shape in shapes.items():
+        if not shape:
+            raise InputError(
+                f"input '{name}' has one number for each example, so no window can slide over it: "
+                "use feature-ablation"
+            )
     found_sizes = {
         k: _lengths(v, shapes[k], "sliding_window_shapes", k) for k, v in _each(shapes, sizes)
     }
