@@ -1,8 +1,8 @@
 """Scores of perturbed inputs as running sums, from which attributions and standard errors follow.
 
-Every sum is over the samples in their order: it does not depend on the number of threads, nor on how
-a run is cut into calls. Scores are float64 [samples, outputs], where outputs counts all numbers that
-are explained by the same samples (examples times outputs).
+Every sum is over the samples in their order: it does not depend on the number of threads, nor on
+how a run is cut into calls. Scores are float64 [samples, outputs], where outputs counts all numbers
+that are explained by the same samples (examples times outputs).
 """
 
 from __future__ import annotations
@@ -16,13 +16,9 @@ from numba import prange
 from onnxplain.errors import InputError
 
 from .jit import kernel, parallel
-from .random import ONE
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
-
-#: Samples whose coalitions are unpacked at once for a regression: what a cache holds.
-PIECE = 1024
 
 
 def _in_place(name: str, array: Floats, shape: tuple[int, ...]) -> Floats:
@@ -108,9 +104,9 @@ def marginals(
     - order: permutations [P, F].
     - scores: [P, F + 1, outputs], from the empty coalition to the full one along the order.
     - total [outputs, F]: the contributions are added.
-    - squares [outputs, F]: the squares of their means over each ``group`` of successive permutations
-      are added. What a group holds may be dependent (antithetic pairs: 2, stratified blocks: F); the
-      variance between groups is what the standard error follows from.
+    - squares [outputs, F]: the squares of their means over each ``group`` of successive
+      permutations are added. What a group holds may be dependent (antithetic pairs: 2, stratified
+      blocks: F); the variance between groups is what the standard error follows from.
     """
     order = np.ascontiguousarray(order, np.int32)
     scores = _scores(scores, len(order))
@@ -123,66 +119,6 @@ def marginals(
     _marginals(
         order, scores, group, _in_place("total", total, shape), _in_place("squares", squares, shape)
     )
-
-
-@parallel
-def _regression_sums(
-    packed: Any, weights: Any, values: Any, weighted: Any, gram: Any, cross: Any, squares: Any
-) -> None:
-    samples, last = packed.shape[0], gram.shape[0] - 1
-    for s in prange(samples):
-        for f in range(last):
-            bit = packed[s, f >> 6] >> np.uint64(f & 63) & ONE
-            weighted[s, f] = weights[s] if bit else 0.0
-        weighted[s, last] = weights[s]
-    for f in prange(last + 1):
-        for s in range(samples):
-            if weighted[s, f] != 0:
-                for g in range(f, last + 1):
-                    gram[f, g] += weighted[s, g]
-                for m in range(values.shape[1]):
-                    cross[f, m] += weighted[s, f] * values[s, m]
-                    if f == last:
-                        squares[m] += weighted[s, f] * values[s, m] ** 2
-        for g in range(f + 1, last + 1):
-            gram[g, f] = gram[f, g]
-
-
-def regression_sums(
-    packed: npt.NDArray[np.uint64],
-    weights: Floats,
-    values: Floats,
-    gram: Floats,
-    cross: Floats,
-    squares: Floats,
-) -> None:
-    """Sums for a weighted linear regression of values on coalitions, with a constant.
-
-    With z the features of a sample (0 or 1) and behind them a 1 for the constant, adds
-
-    - to gram [F + 1, F + 1]: the sum of w z z^T, the matrix of the normal equations,
-    - to cross [F + 1, outputs]: the sum of w z y, their right-hand sides,
-    - to squares [outputs]: the sum of w y^2.
-
-    packed: coalitions [samples, ceil(F / 64)]; weights: [samples]; values: y [samples, outputs].
-    """
-    packed = np.ascontiguousarray(packed, np.uint64)
-    values = _scores(values, len(packed))
-    weights = np.ascontiguousarray(weights, np.float64)
-    size, outputs = len(gram), values.shape[1]
-    if weights.shape != (len(packed),) or packed.shape[1] != -(-(size - 1) // 64):
-        raise InputError(
-            f"weights {weights.shape}, coalitions {packed.shape} for {size - 1} features"
-        )
-    sums = (
-        _in_place("gram", gram, (size, size)),
-        _in_place("cross", cross, (size, outputs)),
-        _in_place("squares", squares, (outputs,)),
-    )
-    weighted = np.empty((min(PIECE, len(packed)), size))
-    for first in range(0, len(packed), PIECE):
-        at = slice(first, first + PIECE)
-        _regression_sums(packed[at], weights[at], values[at], weighted, *sums)
 
 
 @kernel
@@ -231,13 +167,13 @@ class GridSums:
     """RISE's sums over masks that are interpolated from small grids of cells.
 
     Petsiuk, Das, Saenko, "RISE: randomized input sampling for explanation of black-box models"
-    (BMVC 2018). The mask of a sample is ``rows[y] @ cells @ columns[x].T`` with its shift (y, x). It
-    is linear in the cells, so the cells are summed, one grid for each shift, and interpolated once at
-    the end: no mask is ever made here. Squares of masks are linear in products of neighbouring cells
-    and go the same way. Memory: about 5.5 maps of float64 for each output.
+    (BMVC 2018). The mask of a sample is ``rows[y] @ cells @ columns[x].T`` with its shift (y, x).
+    It is linear in the cells, so the cells are summed, one grid for each shift, and interpolated
+    once at the end: no mask is ever made here. Squares of masks are linear in products of
+    neighbouring cells and go the same way. Memory: about 5.5 maps of float64 for each output.
 
-    - rows: [shifts, H, h], columns: [shifts, W, w]; at most two neighbouring nonzeros in a row, none
-      negative. For series, tables and text H = h = 1.
+    - rows: [shifts, H, h], columns: [shifts, W, w]; at most two neighbouring nonzeros in a row,
+      none negative. For series, tables and text H = h = 1.
     - moments: whether squares and masks are summed too; else they take no memory, and ``maps``
       gives empty arrays of them.
     """

@@ -495,6 +495,20 @@ def emit_attribution(op: Emitter, value: ir.Value, name: str, source: ir.Value) 
     op.graph.outputs.append(out)
 
 
+def input_values(model: Any, feeds: Feeds) -> dict[str, ir.Value]:
+    """The inputs of a model by name; those of a callable as if they were a graph's."""
+    if isinstance(model, Model):
+        return {v.name or "": v for v in model.graph.graph.inputs}
+    return {name: _value(name, array) for name, array in feeds.arrays.items()}
+
+
+def _value(name: str, array: np.ndarray) -> ir.Value:
+    known = array.dtype.kind in "fiub"
+    dtype = ir.DataType.from_numpy(array.dtype) if known else ir.DataType.STRING
+    shape = ir.Shape([BATCH, *array.shape[1:]])
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
+
+
 def flag(name: str, value: Any) -> bool:
     """An argument that is True or False.
 

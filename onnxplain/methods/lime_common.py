@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,7 +27,7 @@ from onnxplain.methods.base import Question
 from onnxplain.methods.noise import positive
 from onnxplain.methods.perturbation import Found, PerturbationAttribution, _progress
 from onnxplain.model import Model
-from onnxplain.perturb.engine import games
+from onnxplain.perturb.engine import _rounds, check_tolerance, games
 from onnxplain.perturb.features import Features
 from onnxplain.perturb.forms import Coalitions
 from onnxplain.perturb.game import Off, Play, Tick
@@ -91,12 +91,15 @@ class Ridge:
         """Of the coefficients over other samples, [F], whatever the spread of the residuals.
 
         White, "A heteroskedasticity-consistent covariance matrix estimator and a direct test for
-        heteroskedasticity", Econometrica 1980. The shrinkage towards 0 is no part of it.
+        heteroskedasticity", Econometrica 1980, with the correction for few samples of Hinkley,
+        "Jackknifing in unbalanced situations", Technometrics 1977. The shrinkage towards 0 is no
+        part of it.
         """
         x, z, _, _ = _centered(X, y, sample_weight)
-        inverse = np.linalg.inv(x.T @ x + self.alpha * np.eye(x.shape[1]))
+        samples, features = x.shape
+        inverse = np.linalg.inv(x.T @ x + self.alpha * np.eye(features))
         spread = (x @ inverse) * (z - x @ self.coef_)[:, None]
-        return np.sqrt((spread**2).sum(axis=0))
+        return np.sqrt((spread**2).sum(axis=0) * samples / max(samples - features - 1, 1))
 
 
 def _centered(
@@ -490,31 +493,71 @@ class Sampled:
 
     Attributes:
         samples: [S, F]; the first is the example.
-        scores: [S, K], or those of the first samples where the evaluation was stopped.
-        stopped: what stopped it.
+        scores: [S, K].
+        drawn: how many samples there are; S is fewer where the evaluation ended early.
         ids: which feature each element of the example belongs to, of its shape; -1: none.
+        stopped: what stopped it.
     """
 
     samples: np.ndarray
     scores: np.ndarray
+    drawn: int
+    ids: np.ndarray
     stopped: BaseException | None = None
-    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def complete(self) -> tuple[np.ndarray, np.ndarray]:
-        """Samples and scores, those of the first samples where the user interrupted.
+    def complete(self) -> Sampled:
+        """This, be it of the first samples only where the user interrupted.
 
         Raises:
             EvaluationError: the model failed.
             KeyboardInterrupt: too early to say anything.
         """
-        done = len(self.scores)
-        if isinstance(self.stopped, EvaluationError):
-            raise self.stopped
         if self.stopped is not None:
-            if done < 2:
+            if isinstance(self.stopped, EvaluationError) or len(self.scores) < 2:
                 raise self.stopped
-            warn_of_stop(f"the explanation is of {done} of {len(self.samples)} samples")
-        return self.samples[:done], self.scores
+            warn_of_stop(f"the explanation is of {len(self.scores)} of {self.drawn} samples")
+        return self
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far, and in what steps, samples are evaluated.
+
+    Attributes:
+        tick: told how many have been evaluated.
+        enough: tells whether no more are needed; None: all are.
+    """
+
+    tick: Tick
+    enough: Callable[[Sampled], bool] | None = None
+
+    def steps(self, count: int, at_once: int) -> Iterator[slice]:
+        """Pieces of at most ``at_once`` samples, with a look after each where that may end it."""
+        for start, stop in _rounds(count, 1, None if self.enough is None else 0.0):
+            for low in range(start, stop, at_once):
+                yield slice(low, min(low + at_once, stop))
+
+    def take(
+        self, samples: np.ndarray, parts: Iterable[np.ndarray], ids: np.ndarray | None = None
+    ) -> Sampled:
+        """Samples and the pieces of their scores put together, as far as these come.
+
+        Args:
+            samples: [S, F].
+            parts: scores, piece by piece.
+            ids: see :class:`Sampled`; None: a feature is an element.
+        """
+        ids = np.arange(samples.shape[1]) if ids is None else ids
+        taken = Sampled(samples[:0], np.empty((0, 1)), len(samples), ids)
+        try:
+            for part in parts:
+                scores = np.concatenate([taken.scores, part]) if len(taken.scores) else part
+                taken = replace(taken, samples=samples[: len(scores)], scores=scores)
+                if self.enough is not None and self.enough(taken):
+                    break
+        except (KeyboardInterrupt, EvaluationError) as error:
+            return replace(taken, stopped=error)
+        return taken
 
 
 def warn_of_stop(what: str) -> None:
@@ -576,7 +619,7 @@ class LimeAttribution(PerturbationAttribution):
         example: int,
         random: np.random.RandomState,
         count: int,
-        tick: Tick,
+        pace: Pace,
         **options: Any,
     ) -> Sampled:
         """Samples around one example, with the scores of its target [S, 1]."""
@@ -591,6 +634,7 @@ class LimeAttribution(PerturbationAttribution):
         distance_metric: Metric,
         model_regressor: Any,
         seed: int | None,
+        tolerance: float | None,
         show_progress: bool,
         **options: Any,
     ) -> Found:
@@ -604,33 +648,49 @@ class LimeAttribution(PerturbationAttribution):
         fit = self._surrogate(num_features, distance_metric, model_regressor)
         positive(num_samples, "num_samples", 2)
         seed = int(self._random.randint(1 << 31)) if seed is None else positive(seed, "seed", 0)
+        limit, enough = check_tolerance(tolerance), None
+        if limit is not None and model_regressor is not None:
+            raise InputError(
+                "tolerance is met by standard errors, which are known of ridge regression only: "
+                "leave out model_regressor or tolerance"
+            )
+        if limit is not None:
+
+            def enough(taken: Sampled) -> bool:
+                if len(taken.scores) < 2:
+                    return False
+                local = fit.fit(taken.samples, taken.scores[:, 0])
+                row, errors = np.append(local.row, 0)[taken.ids], np.append(local.errors, 0)
+                return bool(errors[taken.ids].sum() <= limit * np.abs(row).sum())
+
         shape = question.feeds.arrays[question.wrt[0].name or ""].shape
         values, errors = (np.full((shape[0], 1, *shape[1:]), np.nan) for _ in range(2))
         figures = {"fit": np.full(shape[0], np.nan), "samples": np.zeros(shape[0])}
         found = Found([values], [errors] if model_regressor is None else [], figures=figures)
-        stopped: BaseException | None = None
+        completed, stopped = np.zeros(shape[0]), None
         rows = shape[0] * num_samples
         with _progress(f"{self.title} attribution", rows, show_progress) as tick:
+            pace = Pace(tick, enough)
             for example in range(shape[0]):
                 random = random_numbers(seed)
-                drawn = self._sampled(question, example, random, num_samples, tick, **options)
-                done, stopped = len(drawn.scores), drawn.stopped
+                taken = self._sampled(question, example, random, num_samples, pace, **options)
+                done, stopped = len(taken.scores), taken.stopped
                 if done >= 2:
-                    local = fit.fit(drawn.samples[:done], drawn.scores[:, 0])
+                    local = fit.fit(taken.samples, taken.scores[:, 0])
                     for array, row in ((values, local.row), (errors, local.errors)):
                         if row is not None:
-                            array[example, 0] = np.append(row, 0.0)[drawn.ids]
+                            array[example, 0] = np.append(row, 0.0)[taken.ids]
                     figures["fit"][example], figures["samples"][example] = local.score, done
+                completed[example] = 1 if stopped is None else done / num_samples
                 if stopped is not None:
                     break
         if stopped is not None:
-            figures["completed"] = figures["samples"] / num_samples
-            done = int(figures["samples"].sum())
+            figures["completed"], done = completed, int(figures["samples"].sum())
+            if isinstance(stopped, EvaluationError):
+                stopped.partial, stopped.samples = found, done
             if isinstance(stopped, EvaluationError) or not done:
-                if isinstance(stopped, EvaluationError):
-                    stopped.partial, stopped.samples = found, done
                 raise stopped
-            full = int((figures["completed"] == 1).sum())
+            full = int((completed == 1).sum())
             warn_of_stop(f"{full} of {shape[0]} example(s) are complete; what is not, is NaN")
         return found
 
@@ -650,8 +710,7 @@ class LimeAttribution(PerturbationAttribution):
         z: np.ndarray,
         ids: np.ndarray,
         off: np.ndarray,
-        *,
-        tick: Tick,
+        pace: Pace,
         at_most: int | None = None,
     ) -> Iterator[np.ndarray]:
         """Scores of one example with some of its features present, [S, K] piece by piece.
@@ -662,7 +721,7 @@ class LimeAttribution(PerturbationAttribution):
             z: which features are present, boolean [S, F].
             ids: which feature an element is of, broadcastable to the example.
             off: what takes the place of elements of absent features, of its shape.
-            tick: told how many rows have been evaluated.
+            pace: in what steps.
             at_most: the most samples of one run.
         """
         from onnxplain.kernels.coalitions import pack
@@ -688,17 +747,19 @@ class LimeAttribution(PerturbationAttribution):
             at_most=None if at_most is None else positive(at_most, "batch_size"),
         )
         ((game, _),) = games(play, len(z), place)
-        game.tick = tick
-        for _, _, found in game.stream(lambda piece: {"z": packed[piece]}, 0, len(z)):
-            yield found[:, 0]
+        game.tick = pace.tick
+        for step in pace.steps(len(z), len(z)):
+            for _, _, found in game.stream(
+                lambda piece: {"z": packed[piece]}, step.start, step.stop
+            ):
+                yield found[:, 0]
 
     def _answers(
         self,
         numbers: np.ndarray,
         render: Callable[[slice], Feeds],
         at_once: int,
-        *,
-        tick: Tick,
+        pace: Pace,
     ) -> Iterator[np.ndarray]:
         """Scores of samples that are made on the host, [S, K] piece by piece.
 
@@ -706,15 +767,15 @@ class LimeAttribution(PerturbationAttribution):
             numbers: which of the rows each sample is, [S], in order of first appearance.
             render: makes the model's inputs for a slice of the rows.
             at_once: how many rows it makes at once.
-            tick: told how many samples have been evaluated.
+            pace: in what steps.
         """
         count, known, done = int(numbers.max()) + 1, np.empty((0, 0)), 0
-        for start in range(0, count, at_once):
-            feeds = render(slice(start, min(start + at_once, count)))
+        for step in pace.steps(count, at_once):
+            feeds = render(step)
             found = checked_scores(predict(self.model, feeds), feeds.count)
             known = np.concatenate([known, found]) if len(known) else found
             stop = int(np.argmax(np.append(numbers, count) >= len(known)))
-            tick(stop - done)
+            pace.tick(stop - done)
             yield known[numbers[done:stop]]
             done = stop
 
@@ -725,17 +786,6 @@ def predict(model: Any, feeds: Feeds) -> np.ndarray:
         return np.asarray(model.evaluate(feeds.arrays))
     name = model.output.name or ""
     return model.run(model.forward([name]), feeds)[name]
-
-
-def collected(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, BaseException | None]:
-    """Pieces of scores put together, as far as they came, and what stopped them."""
-    found: list[np.ndarray] = []
-    stopped: BaseException | None = None
-    try:
-        found.extend(parts)
-    except (KeyboardInterrupt, EvaluationError) as error:
-        stopped = error
-    return np.concatenate(found) if found else np.empty((0, 1)), stopped
 
 
 def distinct(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

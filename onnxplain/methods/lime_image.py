@@ -17,16 +17,15 @@ from onnxplain.methods.lime_common import (
     LimeAttribution,
     LimeExplanation,
     Metric,
+    Pace,
     Sampled,
     chosen_labels,
-    collected,
     distinct,
 )
 from onnxplain.methods.noise import positive
 from onnxplain.methods.perturbation import _progress
 from onnxplain.methods.spatial import channel_axis
 from onnxplain.model import Model
-from onnxplain.perturb.game import Tick
 from onnxplain.perturb.segments import (
     SEGMENTATIONS,
     Segmentation,
@@ -168,6 +167,7 @@ class LimeImage(LimeAttribution):
         additional_forward_args: Arrays = None,
         *,
         seed: int | None = None,
+        tolerance: float | None = None,
         return_standard_error: bool = False,
         show_progress: bool = False,
     ) -> Any:
@@ -191,6 +191,8 @@ class LimeImage(LimeAttribution):
                 and ``predict``; None: ridge regression.
             additional_forward_args: the model's other inputs.
             seed: the samples depend on it alone; None draws one.
+            tolerance: an example gets no more samples once the standard errors of its attributions
+                are, summed, at most this share of their sizes.
             return_standard_error: also return how far the weights are off, typically.
             show_progress: show a progress bar on standard error.
 
@@ -260,17 +262,18 @@ class LimeImage(LimeAttribution):
         with _progress(f"{self.title} attribution", num_samples, progress_bar) as tick:
             if ids is not None:
                 gone = off.arrays[off.explained[0]][0]
-                parts = self._present(question, 0, z, ids, gone, tick=tick, at_most=batch_size)
+                parts = self._present(question, 0, z, ids, gone, Pace(tick), batch_size)
             else:
                 size = batch_size or max(_BATCH_BYTES // picture.nbytes, 1)
                 rows, numbers = distinct(z)
                 render = lambda piece: perturbed(rows[piece])  # noqa: E731
-                parts = self._answers(numbers, render, positive(size, "batch_size"), tick=tick)
-            sampled = Sampled(z, *collected(parts))
-        samples, scores = sampled.complete()
+                size = positive(size, "batch_size")
+                parts = self._answers(numbers, render, size, Pace(tick))
+            taken = Pace(tick).take(z, parts).complete()
+        scores = taken.scores
         wanted, top = chosen_labels(scores[0], labels, top_labels)
         explanation = ImageExplanation(picture, segments, scores[0], top, self.class_names)
-        fit.explain(explanation, samples, scores, wanted)
+        fit.explain(explanation, taken.samples, scores, wanted)
         return explanation
 
     def _sampled(
@@ -279,7 +282,7 @@ class LimeImage(LimeAttribution):
         example: int,
         random: np.random.RandomState,
         count: int,
-        tick: Tick,
+        pace: Pace,
         **options: Any,
     ) -> Sampled:
         (value,) = question.wrt
@@ -292,8 +295,8 @@ class LimeImage(LimeAttribution):
         off = _laid_out(_hidden(picture, segments, options["hide_color"])[None], axis)[0]
         ids = _spread(segments, axis)
         size = options["batch_size"]
-        parts = self._present(question, example, z, ids, off, tick=tick, at_most=size)
-        return Sampled(z, *collected(parts), np.broadcast_to(ids, x.shape))
+        parts = self._present(question, example, z, ids, off, pace, size)
+        return pace.take(z, parts, np.broadcast_to(ids, x.shape))
 
     def _image(self, given: Any) -> tuple[np.ndarray, int | None]:
         """An image [H, W, C], and which axis the model has its channels on."""

@@ -18,15 +18,14 @@ from onnxplain.methods.lime_common import (
     LimeAttribution,
     LimeExplanation,
     Metric,
+    Pace,
     Sampled,
     chosen_labels,
-    collected,
     flat_target,
 )
 from onnxplain.methods.noise import positive
 from onnxplain.methods.perturbation import Found
 from onnxplain.model import Model
-from onnxplain.perturb.game import Tick
 from onnxplain.perturb.graph_game import some
 from onnxplain.run.feeds import Arrays, Feeds, all_finite
 
@@ -380,6 +379,7 @@ class LimeTabular(LimeAttribution):
         additional_forward_args: Arrays = None,
         *,
         seed: int | None = None,
+        tolerance: float | None = None,
         return_standard_error: bool = False,
         show_progress: bool = False,
     ) -> Any:
@@ -398,6 +398,8 @@ class LimeTabular(LimeAttribution):
             sampling_method: "gaussian", or "lhs", a Latin hypercube (of columns that are not cut).
             additional_forward_args: the model's other inputs.
             seed: the samples depend on it alone; None draws one.
+            tolerance: an example gets no more samples once the standard errors of its attributions
+                are, summed, at most this share of their sizes.
             return_standard_error: also return how far the weights are off, typically.
             show_progress: show a progress bar on standard error.
 
@@ -449,8 +451,10 @@ class LimeTabular(LimeAttribution):
         def render(piece: slice) -> Feeds:
             return self.model.feeds(self._typed(rows[piece]))
 
-        parts = self._answers(np.arange(count), render, _ROWS, tick=lambda rows: None)
-        samples, scores = Sampled(seen, *collected(parts)).complete()
+        pace = Pace(lambda rows: None)
+        parts = self._answers(np.arange(count), render, _ROWS, pace)
+        taken = pace.take(seen, parts).complete()
+        scores = taken.scores
         if self.mode == "regression" and scores.shape[1] != 1:
             raise InputError(
                 f"mode='regression' explains one value a row, and the model gives {scores.shape[1]}"
@@ -459,7 +463,7 @@ class LimeTabular(LimeAttribution):
         wanted, top = ([0], None) if regression else chosen_labels(scores[0], labels, top_labels)
         names = [self._name(training, column, row) for column in range(training.width)]
         explanation = TabularExplanation(names, self.mode, scores[0], top, self.class_names)
-        fit.explain(explanation, samples, scores, wanted)
+        fit.explain(explanation, taken.samples, scores, wanted)
         if regression:
             for figures in (explanation.intercept, explanation.score, explanation.local_pred):
                 figures[1] = figures[0]
@@ -488,7 +492,7 @@ class LimeTabular(LimeAttribution):
         example: int,
         random: np.random.RandomState,
         count: int,
-        tick: Tick,
+        pace: Pace,
         **options: Any,
     ) -> Sampled:
         feeds, name = question.feeds, question.wrt[0].name or ""
@@ -501,9 +505,8 @@ class LimeTabular(LimeAttribution):
             same = some(feeds, np.full(piece.stop - piece.start, example), self.model)
             return replace(same, arrays={**same.arrays, name: rows[piece].astype(row.dtype)})
 
-        parts = self._answers(np.arange(count), render, _ROWS, tick=tick)
-        scores, stopped = collected(parts)
-        return Sampled(seen, scores[:, column : column + 1], stopped, np.arange(training.width))
+        parts = self._answers(np.arange(count), render, _ROWS, pace)
+        return pace.take(seen, (part[:, column : column + 1] for part in parts))
 
     def _trained(self, data: Any) -> Training:
         labels, cut = self.training_labels, self.discretizer

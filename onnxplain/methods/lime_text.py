@@ -18,15 +18,14 @@ from onnxplain.methods.lime_common import (
     LimeAttribution,
     LimeExplanation,
     Metric,
+    Pace,
     Sampled,
     chosen_labels,
-    collected,
     distinct,
 )
 from onnxplain.methods.noise import positive
 from onnxplain.methods.perturbation import _progress
 from onnxplain.model import Model
-from onnxplain.perturb.game import Tick
 from onnxplain.run.feeds import Arrays, Feeds
 
 Splitter = str | Callable[[str], Sequence[str]]
@@ -209,6 +208,7 @@ class LimeText(LimeAttribution):
         additional_forward_args: Arrays = None,
         *,
         seed: int | None = None,
+        tolerance: float | None = None,
         return_standard_error: bool = False,
         show_progress: bool = False,
     ) -> Any:
@@ -228,6 +228,8 @@ class LimeText(LimeAttribution):
                 and ``predict``; None: ridge regression.
             additional_forward_args: the model's other inputs, such as the attention mask.
             seed: the samples depend on it alone; None draws one.
+            tolerance: an example gets no more samples once the standard errors of its attributions
+                are, summed, at most this share of their sizes.
             return_standard_error: also return how far the weights are off, typically.
             show_progress: show a progress bar on standard error.
 
@@ -276,11 +278,12 @@ class LimeText(LimeAttribution):
             return self._texts([words.without(row) for row in rows[piece]])
 
         with _progress(f"{self.title} attribution", len(z), progress_bar) as tick:
-            parts = self._answers(numbers, render, _TEXTS, tick=tick)
-            samples, scores = Sampled(z, *collected(parts)).complete()
+            parts = self._answers(numbers, render, _TEXTS, Pace(tick))
+            taken = Pace(tick).take(z, parts).complete()
+        scores = taken.scores
         wanted, top = chosen_labels(scores[0], labels, top_labels)
         explanation = TextExplanation(text_instance, words, scores[0], top, self.class_names)
-        fit.explain(explanation, samples, scores, wanted)
+        fit.explain(explanation, taken.samples, scores, wanted)
         return explanation
 
     def _texts(self, texts: list[str]) -> Feeds:
@@ -305,7 +308,7 @@ class LimeText(LimeAttribution):
         example: int,
         random: np.random.RandomState,
         count: int,
-        tick: Tick,
+        pace: Pace,
         **options: Any,
     ) -> Sampled:
         name = question.wrt[0].name or ""
@@ -324,8 +327,8 @@ class LimeText(LimeAttribution):
         ids = np.full(len(tokens), -1)
         ids[real] = distinct(tokens[real, None])[1] if self.bow else np.arange(real.sum())
         z = _leaving_out(random, count, int(ids.max()) + 1)
-        parts = self._present(question, example, z, ids.clip(0), off, tick=tick)
-        return Sampled(z, *collected(parts), ids)
+        parts = self._present(question, example, z, ids.clip(0), off, pace)
+        return pace.take(z, parts, ids)
 
 
 def _leaving_out(random: np.random.RandomState, count: int, features: int) -> np.ndarray:

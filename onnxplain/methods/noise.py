@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxplain.errors import InputError
 from onnxplain.graph.edit import has_rows
 from onnxplain.graph.emit import is_float, rank
-from onnxplain.methods.base import Attribution, Layers
+from onnxplain.methods.base import Attribution, Layers, input_values
 from onnxplain.methods.baselines import distributions
 from onnxplain.model import Model
 from onnxplain.run import memory
@@ -109,7 +109,7 @@ def deviations(model: Model, feeds: Feeds, stdevs: Any) -> dict[str, float]:
             f"stdevs: none was given for input '{missing[0]}'; give one number for all, or one for "
             f"each of {', '.join(names)}"
         )
-    values = {v.name or "": v for v in model.graph.graph.inputs}
+    values = input_values(model, feeds)
     for name, stdev in given.items():
         number = isinstance(stdev, int | float | np.number) and not isinstance(stdev, bool)
         if not number or not np.isfinite(stdev) or stdev < 0:
@@ -196,6 +196,10 @@ class NoiseTunnel(Attribution):
         super().__init__(inner.model, of=inner._of, wrt=inner._wrt)
         self.attribution_method = inner
         self.multiplies_by_inputs = inner.multiplies_by_inputs
+
+    @staticmethod
+    def _check_model(model: Any) -> None:
+        """The method has checked it."""
 
     @property
     def layer(self) -> Layers | None:
@@ -329,7 +333,7 @@ class _Calls:
         self.baselines: dict[str, np.ndarray] = {}
         self.result: Any = None
 
-        values = {v.name or "": v for v in self.model.graph.graph.inputs}
+        values = input_values(self.model, self.feeds)
         self.inputs = {name: values[name] for name in self.feeds.explained}
         of, groups = method._resolve(
             kwargs.get("attribute_to_neuron_input", False),
@@ -338,7 +342,8 @@ class _Calls:
         self.sources = (
             list(self.inputs.values()) if groups is None else [v for g in groups for v in g]
         )
-        self.per_example = method._per_example(of)
+        # What a callable answers to all examples at once is only known when it is called.
+        self.per_example = method._per_example(of) and isinstance(self.model, Model)
         self.by_rows = not any(axes[name] for name in self.inputs) and all(
             has_rows(v) for v in (*self.inputs.values(), *self.sources)
         )

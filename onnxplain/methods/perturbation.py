@@ -18,10 +18,9 @@ from tqdm import tqdm
 
 from onnxplain.blackbox import BlackBox
 from onnxplain.errors import EvaluationError, InputError, LayerError
-from onnxplain.graph.edit import BATCH
 from onnxplain.graph.emit import is_float
 from onnxplain.methods import target as targets
-from onnxplain.methods.base import HALVES, Answer, Attribution, Layers, Question
+from onnxplain.methods.base import HALVES, Answer, Attribution, Layers, Question, input_values
 from onnxplain.methods.baselines import masked_baselines
 from onnxplain.methods.noise import positive
 from onnxplain.model import Model
@@ -205,7 +204,8 @@ class PerturbationAttribution(Attribution):
         answer = model.evaluate(feeds.arrays)
         at_once = not answer.ndim
         shape = answer.shape[1:]
-        wrt = tuple(_value(name, feeds.arrays[name]) for name in feeds.explained)
+        values = input_values(model, feeds)
+        wrt = tuple(values[name] for name in feeds.explained)
         of = ir.Value(name=model.output.name, type=ir.TensorType(ir.DataType.DOUBLE))
         seeds, indices = self._select(of, selector, shape, feeds.count, at_once)
         return Question(
@@ -402,8 +402,7 @@ def _merged(
             continue
         spread = group.spread(part) if by_feature else [part]
         if not getattr(whole, kind):
-            empty = [np.full((rows, *a.shape[1:]), np.nan) for a in spread]
-            setattr(whole, kind, empty)
+            setattr(whole, kind, [np.full((rows, *a.shape[1:]), np.nan) for a in spread])
         for full, one in zip(getattr(whole, kind), spread, strict=True):
             full[index] = one
         if by_feature:
@@ -431,13 +430,6 @@ def _progress(name: str, total: int, show: bool) -> Iterator[Callable[[int], Any
     """A progress bar on standard error that counts evaluated rows."""
     with tqdm(desc=name, total=total, disable=not show, unit="row", unit_scale=True) as bar:
         yield bar.update
-
-
-def _value(name: str, array: np.ndarray) -> ir.Value:
-    """An input of a callable as if it were one of a graph."""
-    known = array.dtype.kind in "fiub"
-    dtype = ir.DataType.from_numpy(array.dtype) if known else ir.DataType.STRING
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([BATCH, *array.shape[1:]]))
 
 
 def _spread(given: Any, names: Sequence[str]) -> Any:

@@ -149,8 +149,8 @@ class LimeBase(PerturbationAttribution):
         perturb_interpretable_space: whether ``perturb_func`` gives interpretable samples.
         from_interp_rep_transform: (interpretable_sample, original_input, **kwargs) -> perturbed
             input; None: elements of absent features are 0.
-        to_interp_rep_transform: (perturbed_input, original_input, **kwargs) -> interpretable sample;
-            needed where ``perturb_func`` gives inputs.
+        to_interp_rep_transform: (perturbed_input, original_input, **kwargs) -> interpretable
+            sample; needed where ``perturb_func`` gives inputs.
     """
 
     name = "lime-base"
@@ -672,6 +672,10 @@ class KernelShap(Lime):
         model: an ox.Model or ox.BlackBox.
     """
 
+    check = (
+        "standard_error: of the values, as a share of their size; r_squared: how close the score is "
+        "to a sum over features (Shapley values are well-defined where it is not)"
+    )
     name = "kernel-shap"
     title = "Kernel Shap"
     paper = "Lundberg and Lee 2017, arXiv:1705.07874; Covert and Lee 2021, arXiv:2012.01536"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -171,7 +172,8 @@ def run(
     except (KeyboardInterrupt, EvaluationError) as stop:
         if current is not None:
             index, sums = current
-            outcome.take(index, sums, np.arange(len(index)))
+            with suppress(EvaluationError):  # too little for a fit: nothing is known
+                outcome.take(index, sums, np.arange(len(index)))
             outcome.samples[index] = sums.drawn or 0
             outcome.completed[index] = done / samples
         if isinstance(stop, EvaluationError):

@@ -75,9 +75,7 @@ class Coalitions(Form):
     features: Features
     distinct: bool = False
 
-    @property
-    def key(self) -> Hashable:
-        return ("coalitions", self.features.count)
+    key = ("coalitions",)
 
     def fed(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
         return {"present": (np.bool_, (self.features.count,))}
