@@ -581,6 +581,7 @@ def _grouping(
 ) -> dict[str, Any]:
     """Options that say what is switched off together; tells of those that were not asked for."""
     from .inputs import default_windows, load_segmentation
+    from .methods import LimeBase
 
     if "sliding_window_shapes" in info.options:
         if chosen.keys() & {"sliding_window_shapes", "strides"}:
@@ -595,7 +596,7 @@ def _grouping(
     if "feature_mask" not in info.options or "feature_mask" in chosen:
         return {}
     made, count = _masked(info, sample, explained, segments)
-    if "n_samples" in info.options and "fit" in info.check and "n_samples" not in chosen:
+    if issubclass(info.cls, LimeBase) and "n_samples" not in chosen:
         enough = _SAMPLES * count
         if enough > info.options["n_samples"]:
             click.echo(f"{count} features: --option n_samples={enough}", err=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -66,6 +68,17 @@ class EvaluationError(OnnxplainError, RuntimeError):
         super().__init__(message)
         self.partial = partial
         self.samples = samples
+
+
+@contextmanager
+def failing(name: str) -> Iterator[None]:
+    """What a user's function raises inside becomes an EvaluationError that says which it was."""
+    try:
+        yield
+    except OnnxplainError:
+        raise
+    except Exception as error:
+        raise EvaluationError(f"{name} raised {type(error).__name__}: {error}") from error
 
 
 class IncompleteWarning(UserWarning):

@@ -448,8 +448,12 @@ def test_standard_errors_are_printed(tmp_path: Path) -> None:
     assert 25 < checks["samples"] < 5000
 
 
+SAMPLED = ("shapley-value-sampling", "--option", "n_samples=100")
+
+
+@pytest.mark.parametrize("method", [SAMPLED, ("occlusion",), ("feature-ablation",)])
 def test_an_interrupt_keeps_what_was_computed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
     plain = Session.__call__
@@ -463,14 +467,13 @@ def test_an_interrupt_keeps_what_was_computed(
 
     monkeypatch.setattr(Session, "__call__", interrupted)
     picture, archive = tmp_path / "why.png", tmp_path / "why.npz"
-    result = run("explain", DIGITS, THREE, "--method", "shapley-value-sampling", "--option",
-                 "n_samples=100", "--option", "perturbations_per_eval=50", "--output", str(picture),
-                 "--save", str(archive))  # fmt: skip
+    result = run("explain", DIGITS, THREE, "--method", *method, "--save", str(archive), "--output",
+                 str(picture), "--option", "perturbations_per_eval=4")  # fmt: skip
     assert result.exit_code == 130
     assert "INCOMPLETE" in result.stdout
     assert f"interrupted: what was computed is in {picture}, {archive}" in result.stderr
     assert picture.stat().st_size > 1000
-    assert 0 < ox.load_explanation(archive).checks["completed"][0] < 0.2
+    assert 0 < ox.load_explanation(archive).checks["completed"][0] < 1
 
 
 # --- refusals -----------------------------------------------------------------------------------

@@ -17,14 +17,19 @@ import pytest
 from onnxplain.errors import FileFormatError, InputError
 from onnxplain.inputs import (
     Preprocessing,
+    Sample,
+    default_windows,
     find_preprocessing,
     load_baselines,
     load_input,
     load_inputs,
+    load_segments,
+    token_features,
 )
 from onnxplain.inputs import image as image_module
 from onnxplain.inputs.files import read_csv, read_npy, read_npz
 from onnxplain.inputs.image import read_image
+from onnxplain.result import Display
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 
@@ -752,6 +757,108 @@ def test_baselines_that_make_no_sense(tmp_path: Path) -> None:
             load_baselines(choice, sample, [TABLE], Preprocessing())
     with pytest.raises(FileFormatError, match="does not exist"):
         load_baselines("median", sample, [TABLE], Preprocessing())
+
+
+@pytest.mark.parametrize("choice", ["noise", "gaussian-noise"])
+def test_noise_is_of_the_seed(png: Path, choice: str) -> None:
+    sample = load_input(png, PICTURE)
+    found = [
+        load_baselines(choice, sample, [PICTURE], Preprocessing(), seed)["image"]
+        for seed in (1, 1, 2)
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (found[0] != found[2]).any()
+
+
+def test_baselines_of_features_are_left_to_the_method(png: Path) -> None:
+    sample = load_input(png, PICTURE)
+    for choice in ("inpaint", "segment-mean"):
+        found = load_baselines(choice, sample, [PICTURE], Preprocessing())
+        assert found == {"image": choice}
+
+
+def test_rows_of_a_background(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    np.save(path, np.arange(12.0).reshape(4, 3))
+    sample = load_input(path, TABLE)
+    found = load_baselines(f"background:{path}", sample, [TABLE], Preprocessing())
+    assert found.rows["x"].shape == (4, 3)
+
+
+def test_the_token_of_a_missing_word(tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.txt"
+    path.write_text("<pad>\n<unk>\ngood\n[MASK]\n")
+
+    def setting(**more: Any) -> Preprocessing:
+        return Preprocessing(tokenizer="words", vocabulary=path, pad="<pad>", **more)
+
+    sample = load_input("good", TOKENS, setting(unknown="<unk>"))
+    assert load_baselines("mask", sample, [TOKENS], setting()) == {"tokens": 3}
+    path.write_text("<pad>\n<unk>\ngood\n")
+    assert load_baselines("mask", sample, [TOKENS], setting(unknown="<unk>")) == {"tokens": 1}
+    assert load_baselines("mask", sample, [TOKENS], setting()) == {"tokens": 0}
+    path.write_text("good\nbad\n")
+    with pytest.raises(InputError, match=r"has none of '\[MASK\]', '<mask>', '<pad>'"):
+        load_baselines("mask", sample, [TOKENS], setting())
+
+
+# --- what is switched off together --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [PICTURE, GREY, Spec("image", "float", ("N", 4, 6, 3))])
+def test_segments_lie_on_the_places_of_the_input(spec: Spec, png: Path) -> None:
+    sample = load_input(png, spec)
+    (found,) = load_segments("grid:2", sample).values()
+    last = spec.shape is not None and spec.shape[-1] == 3
+    assert found.shape == ((1, 4, 6, 1) if last else (1, 1, 4, 6))
+    wanted = [[0, 0, 0, 1, 1, 1]] * 2 + [[2, 2, 2, 3, 3, 3]] * 2
+    np.testing.assert_array_equal(found.reshape(4, 6), wanted)
+
+
+def test_segments_of_a_file_for_all_or_each(tmp_path: Path) -> None:
+    path, masks = tmp_path / "x.npy", tmp_path / "masks.npy"
+    np.save(path, np.random.default_rng(0).random((2, 3, 4, 6)))
+    sample = load_input(path, PICTURE)
+    halves = np.indices((4, 6))[1] // 3
+    for given in (halves, np.stack([halves, 1 - halves])):
+        np.save(masks, given)
+        (found,) = load_segments(str(masks), sample).values()
+        np.testing.assert_array_equal(found[:, 0], np.broadcast_to(given, (2, 4, 6)))
+    np.save(masks, np.stack([halves] * 3))
+    with pytest.raises(InputError, match=r"3 divisions of 2 picture\(s\)"):
+        load_segments(str(masks), sample)
+
+
+def test_padding_is_one_feature(tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.txt"
+    path.write_text("<pad>\ngood\nbad\n")
+    setting = Preprocessing(tokenizer="words", vocabulary=path, pad="<pad>")
+    found = token_features(load_inputs(["good bad good", "bad"], [TOKENS], setting))
+    assert found is not None
+    np.testing.assert_array_equal(found["tokens"], [[0, 1, 2], [0, 1, 1]])
+    assert token_features(load_inputs(["good bad"], [TOKENS], setting)) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "window", "stride"),
+    [
+        ((3, 224, 200), "NCHW", (3, 14, 14), (3, 7, 7)),
+        ((224, 224, 3), "NHWC", (16, 16, 3), (8, 8, 3)),
+        ((1, 8, 8), "NCHW", (1, 2, 2), (1, 1, 1)),
+        ((3, 1, 40), "NCHW", (3, 1, 1), (3, 1, 1)),
+        ((100, 6), "NLC", (7, 6), (3, 6)),
+        ((30,), None, (1,), (1,)),
+    ],
+)
+def test_windows_that_suit_the_input(
+    shape: tuple[int, ...], layout: Any, window: Any, stride: Any
+) -> None:
+    kind: Any = {3: "image", 2: "series", 1: "table"}[len(shape)]
+    display = Display(kind=kind, layout=layout, input_name="x")
+    arrays = {"x": np.zeros((1, *shape)), "y": np.zeros((1, 4))}
+    sample = Sample(arrays, display, Preprocessing())
+    assert default_windows(sample, ["x"]) == (window, stride)
+    assert default_windows(sample, ["x", "y"]) == ((window, (1,)), (stride, (1,)))
 
 
 # --- the bundled models -------------------------------------------------------------------------

@@ -189,6 +189,28 @@ def test_samples_depend_on_the_seed_alone() -> None:
     np.testing.assert_array_equal(*again)
 
 
+def test_no_more_samples_than_the_tolerance_needs() -> None:
+    def function(batch: np.ndarray) -> np.ndarray:
+        parts = batch.reshape(len(batch), 4, 2, -1).mean(axis=(2, 3))
+        return np.tanh(3 * parts[:, 0] + parts[:, 1] * parts[:, 2]) + parts[:, 3]
+
+    cut = np.repeat(np.arange(4), 16).reshape(8, 8)
+    x = np.stack([np.ones((8, 8, 1)), RNG.random((8, 8, 1))])
+    lime = LimeImage(box(function))
+    asked: dict[str, Any] = {"segmentation": cut, "hide_color": 0.0, "seed": 2}
+    answer = lime.answer(inputs=x, num_samples=4000, tolerance=0.05, **asked)
+    assert "completed" not in answer.checks
+    assert (answer.checks["standard_error"] <= 0.05).all()
+    for i, taken in enumerate(answer.checks["samples"].astype(int)):
+        assert 32 <= taken < 4000
+        alone = lime.attribute(x[i : i + 1], num_samples=taken, **asked)
+        np.testing.assert_allclose(answer.result[i], alone[0], rtol=1e-6)
+    with pytest.raises(ox.InputError, match="ridge regression only"):
+        lime.attribute(x, tolerance=0.1, model_regressor=LeastSquares(), **asked)
+    with pytest.raises(ox.InputError, match="tolerance"):
+        lime.attribute(x, tolerance=-1.0, **asked)
+
+
 def test_the_score_is_evaluated_once_for_equal_samples() -> None:
     rows: list[int] = []
 

@@ -602,10 +602,23 @@ def test_checks_of_samples_and_of_what_was_interrupted() -> None:
     made = explain(x, x, Display(kind="table"), checks=checks)
     title = text_of(view.figure(made))
     assert "samples 1200" in title and "fit R² 0.87" in title
-    assert "INCOMPLETE: interrupted after 40% of its samples" in title
+    assert "INCOMPLETE: interrupted after 40%" in title
     assert "INCOMPLETE" in view.html(made) and "INCOMPLETE" in view.terminal(made)
     whole = explain(x, x, checks={**checks, "completed": np.ones(1)})
     assert "INCOMPLETE" not in view.terminal(whole)
+
+
+def test_what_was_not_computed_is_drawn_as_nothing() -> None:
+    values = np.array([[1.0, np.nan, -3.0, np.nan], [np.nan] * 4])
+    made = explain(
+        np.ones((2, 4)), values, prediction=np.repeat(SCORES, 2, axis=0), target=np.array([1, 1]),
+        checks={"completed": np.array([0.5, 0.0])},
+    )  # fmt: skip
+    rows = view.table.ranked(common.frame(made), top=4)
+    assert [row.attribution for row in rows] == [-3, 1, 0, 0]
+    assert "what is missing is 0" in text_of(view.figure(made))
+    with pytest.raises(InputError, match="example 1 was not computed"):
+        view.figure(made, 1)
 
 
 def test_features_are_one_bar_each() -> None:

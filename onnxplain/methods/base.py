@@ -161,8 +161,8 @@ class Attribution:
         """Refuse what the method can't explain."""
         if isinstance(model, BlackBox):
             raise InputError(
-                "a BlackBox is a Python function: only its answers are known, and this method looks "
-                "inside; use a perturbation method (feature-ablation, kernel-shap, lime, ...)"
+                "a BlackBox is a Python function: only its answers are known, and this method "
+                "looks inside; use a perturbation method (feature-ablation, kernel-shap, lime, ...)"
             )
         if not isinstance(model, Model):
             raise InputError(

@@ -109,7 +109,9 @@ def _centered(
     mean = np.average(samples, axis=0, weights=weights)
     level = float(np.average(values, weights=weights))
     root = np.sqrt(weights)
-    return (samples - mean) * root[:, None], (values - level) * root, mean, level
+    centered = samples - mean
+    centered *= root[:, None]
+    return centered, (values - level) * root, mean, level
 
 
 def r_squared(values: np.ndarray, fitted: np.ndarray, weights: np.ndarray) -> float:
@@ -648,20 +650,24 @@ class LimeAttribution(PerturbationAttribution):
         fit = self._surrogate(num_features, distance_metric, model_regressor)
         positive(num_samples, "num_samples", 2)
         seed = int(self._random.randint(1 << 31)) if seed is None else positive(seed, "seed", 0)
-        limit, enough = check_tolerance(tolerance), None
+        limit = check_tolerance(tolerance)
         if limit is not None and model_regressor is not None:
             raise InputError(
                 "tolerance is met by standard errors, which are known of ridge regression only: "
                 "leave out model_regressor or tolerance"
             )
-        if limit is not None:
 
-            def enough(taken: Sampled) -> bool:
-                if len(taken.scores) < 2:
-                    return False
-                local = fit.fit(taken.samples, taken.scores[:, 0])
-                row, errors = np.append(local.row, 0)[taken.ids], np.append(local.errors, 0)
-                return bool(errors[taken.ids].sum() <= limit * np.abs(row).sum())
+        def fitted(taken: Sampled) -> tuple[Local, list[np.ndarray]]:
+            """The local model, its weights by element, and their standard errors."""
+            local = fit.fit(taken.samples, taken.scores[:, 0])
+            rows = [local.row] if local.errors is None else [local.row, local.errors]
+            return local, [np.append(row, 0.0)[taken.ids] for row in rows]
+
+        def enough(taken: Sampled) -> bool:
+            if len(taken.scores) < 2:
+                return False
+            weights, errors = fitted(taken)[1]
+            return bool(errors.sum() <= limit * np.abs(weights).sum())
 
         shape = question.feeds.arrays[question.wrt[0].name or ""].shape
         values, errors = (np.full((shape[0], 1, *shape[1:]), np.nan) for _ in range(2))
@@ -670,16 +676,15 @@ class LimeAttribution(PerturbationAttribution):
         completed, stopped = np.zeros(shape[0]), None
         rows = shape[0] * num_samples
         with _progress(f"{self.title} attribution", rows, show_progress) as tick:
-            pace = Pace(tick, enough)
+            pace = Pace(tick, None if limit is None else enough)
             for example in range(shape[0]):
                 random = random_numbers(seed)
                 taken = self._sampled(question, example, random, num_samples, pace, **options)
                 done, stopped = len(taken.scores), taken.stopped
                 if done >= 2:
-                    local = fit.fit(taken.samples, taken.scores[:, 0])
-                    for array, row in ((values, local.row), (errors, local.errors)):
-                        if row is not None:
-                            array[example, 0] = np.append(row, 0.0)[taken.ids]
+                    local, spread = fitted(taken)
+                    for array, part in zip((values, errors), spread, strict=False):
+                        array[example, 0] = part
                     figures["fit"][example], figures["samples"][example] = local.score, done
                 completed[example] = 1 if stopped is None else done / num_samples
                 if stopped is not None:

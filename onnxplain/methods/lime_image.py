@@ -35,6 +35,7 @@ from onnxplain.perturb.segments import (
     segmentation,
     segments_of,
 )
+from onnxplain.run import memory
 from onnxplain.run.feeds import Arrays, Feeds
 
 # Bytes of perturbed pictures that are made on the host at once.
@@ -255,21 +256,24 @@ class LimeImage(LimeAttribution):
         question = self._ask(make(picture[None]), EVERY, None)
         off = self.model.feeds(make(hidden[None]))
 
+        rows, numbers = distinct(z)
+
         def perturbed(z: np.ndarray) -> Feeds:
             return self.model.feeds(make(np.where(z[:, segments][..., None], picture, hidden)))
 
+        def render(piece: slice) -> Feeds:
+            return perturbed(rows[piece])
+
         ids = _ids(segments, perturbed, question.feeds, off)
         with _progress(f"{self.title} attribution", num_samples, progress_bar) as tick:
+            pace = Pace(tick)
             if ids is not None:
                 gone = off.arrays[off.explained[0]][0]
-                parts = self._present(question, 0, z, ids, gone, Pace(tick), batch_size)
+                parts = self._present(question, 0, z, ids, gone, pace, batch_size)
             else:
-                size = batch_size or max(_BATCH_BYTES // picture.nbytes, 1)
-                rows, numbers = distinct(z)
-                render = lambda piece: perturbed(rows[piece])  # noqa: E731
-                size = positive(size, "batch_size")
-                parts = self._answers(numbers, render, size, Pace(tick))
-            taken = Pace(tick).take(z, parts).complete()
+                size = self._at_once(picture, batch_size)
+                parts = self._answers(numbers, render, size, pace)
+            taken = pace.take(z, parts).complete()
         scores = taken.scores
         wanted, top = chosen_labels(scores[0], labels, top_labels)
         explanation = ImageExplanation(picture, segments, scores[0], top, self.class_names)
@@ -297,6 +301,14 @@ class LimeImage(LimeAttribution):
         size = options["batch_size"]
         parts = self._present(question, example, z, ids, off, pace, size)
         return pace.take(z, parts, np.broadcast_to(ids, x.shape))
+
+    def _at_once(self, picture: np.ndarray, batch_size: int | None) -> int:
+        """How many perturbed pictures are made on the host at once."""
+        if batch_size is not None:
+            return positive(batch_size, "batch_size")
+        limit = self.model.settings.memory_limit
+        room = _BATCH_BYTES if limit is None else min(_BATCH_BYTES, memory.budget(limit) // 8)
+        return int(max(room // (4 * picture.size), 1))  # preprocessed to float32, most likely
 
     def _image(self, given: Any) -> tuple[np.ndarray, int | None]:
         """An image [H, W, C], and which axis the model has its channels on."""
@@ -366,7 +378,8 @@ def _ids(
         shapes = zip(ids.shape, kept.shape[1:], strict=False)
         if ids.ndim == kept.ndim - 1 and all(a in (1, b) for a, b in shapes):
             mixed = np.where(probes[:, ids], kept, gone)
-            if mixed.shape == made.shape and np.allclose(mixed, made, 1e-6, 1e-6):
+            tiny = 1e-6 * float(np.abs(kept).max())
+            if mixed.shape == made.shape and np.allclose(mixed, made, rtol=1e-6, atol=tiny):
                 return ids
     return None
 

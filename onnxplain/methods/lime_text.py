@@ -278,8 +278,9 @@ class LimeText(LimeAttribution):
             return self._texts([words.without(row) for row in rows[piece]])
 
         with _progress(f"{self.title} attribution", len(z), progress_bar) as tick:
-            parts = self._answers(numbers, render, _TEXTS, Pace(tick))
-            taken = Pace(tick).take(z, parts).complete()
+            pace = Pace(tick)
+            parts = self._answers(numbers, render, _TEXTS, pace)
+            taken = pace.take(z, parts).complete()
         scores = taken.scores
         wanted, top = chosen_labels(scores[0], labels, top_labels)
         explanation = TextExplanation(text_instance, words, scores[0], top, self.class_names)

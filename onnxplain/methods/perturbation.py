@@ -17,7 +17,7 @@ import onnx_ir as ir
 from tqdm import tqdm
 
 from onnxplain.blackbox import BlackBox
-from onnxplain.errors import EvaluationError, InputError, LayerError
+from onnxplain.errors import EvaluationError, InputError, LayerError, failing
 from onnxplain.graph.emit import is_float
 from onnxplain.methods import target as targets
 from onnxplain.methods.base import HALVES, Answer, Attribution, Layers, Question, input_values
@@ -86,6 +86,7 @@ class PerturbationAttribution(Attribution):
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    multiplies_by_inputs = True
     every_output: ClassVar[bool] = False
     """Whether target None explains every output value, where there are several."""
 
@@ -653,7 +654,8 @@ def _finished(function: Callable[[np.ndarray], Any]) -> Callable[[np.ndarray], n
     """A user's function of a layer's values, checked."""
 
     def finish(values: np.ndarray) -> np.ndarray:
-        found = np.asarray(function(values))
+        with failing("neuron_selector"):
+            found = np.asarray(function(values))
         if found.shape not in ((len(values),), (len(values), 1)) or found.dtype.kind not in "fiub":
             raise EvaluationError(
                 f"neuron_selector answered {found.dtype} {list(found.shape)} to layer values "
@@ -768,7 +770,8 @@ class FeaturePermutation(PerturbationAttribution):
             x, mask = values[name], features.ids[name] == number - 1
             if number == 0 or not mask.any():
                 return x
-            found = np.asarray(permute(x.copy(), mask))
+            with failing("perm_func"):
+                found = np.asarray(permute(x.copy(), mask))
             if found.shape != x.shape:
                 raise EvaluationError(
                     f"perm_func returned shape {list(found.shape)} for '{name}' of shape "

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxplain.errors import EvaluationError, InputError
+from onnxplain.errors import EvaluationError, InputError, failing
 from onnxplain.methods.base import Answer, Question
 from onnxplain.methods.noise import positive
 from onnxplain.methods.perturbation import (
@@ -71,7 +71,8 @@ def fitted(
     model: Any, x: np.ndarray, y: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The coefficients and predictions of an interpretable model."""
-    model.fit(x, y, sample_weight=weights)
+    with failing(f"interpretable_model {type(model).__name__}"):
+        model.fit(x, y, sample_weight=weights)
     coefficients = np.asarray(model.coef_, np.float64).ravel()
     if coefficients.shape != (x.shape[1],):
         raise InputError(
@@ -157,6 +158,7 @@ class LimeBase(PerturbationAttribution):
     title = "Lime Base"
     paper = "Ribeiro et al. 2016, arXiv:1602.04938"
     needs: ClassVar[tuple[str, ...]] = ("random",)
+    multiplies_by_inputs = False
     choices: ClassVar = {"interpretable_model": MODELS}
     check = (
         "fit: R^2 of the surrogate; standard_error: of its coefficients, as a share of their size"
@@ -253,6 +255,10 @@ class LimeBase(PerturbationAttribution):
         found.errors = [a.reshape(1, 1, *shape[1:]) for a in found.errors]
         return self._said(question, found)
 
+    def _attribute(self, question: Question, **options: Any) -> Any:
+        options["errors"] = options.get("return_standard_error", False)
+        return super()._attribute(question, **options)
+
     def _find(
         self,
         question: Question,
@@ -261,6 +267,7 @@ class LimeBase(PerturbationAttribution):
         show_progress: bool = False,
         seed: int | None = None,
         handed_on: Mapping[str, Any] | None = None,
+        errors: bool = True,
     ) -> Found:
         positive(n_samples, "n_samples")
         if question.feeds.count != 1 and not question.at_once:
@@ -291,7 +298,7 @@ class LimeBase(PerturbationAttribution):
                 Whole(),
                 sampler,
                 len(samples),
-                lambda game: Fit(count, weights, fit, samples),
+                lambda game: Fit(count, weights, fit, samples, errors),
                 Given(),
             )
 
@@ -335,11 +342,14 @@ class _Drawn:
             else:
                 assert method.to_interp_rep_transform is not None
                 copy = drawn
-                sample = np.asarray(method.to_interp_rep_transform(drawn, self.original, **kwargs))
+                with failing("to_interp_rep_transform"):
+                    found = method.to_interp_rep_transform(drawn, self.original, **kwargs)
+                sample = np.asarray(found)
             interpretable_samples.append(sample.reshape(-1).astype(np.float64))
             for name, array in self._named(copy).items():
                 perturbed[name].append(array)
-            weight = method.similarity_func(self.original, copy, sample, **kwargs)
+            with failing("similarity_func"):
+                weight = method.similarity_func(self.original, copy, sample, **kwargs)
             similarities.append(float(np.asarray(weight).reshape(-1)[0]))
         if not interpretable_samples:
             raise EvaluationError("perturb_func gave no sample: it must make at least one")
@@ -350,14 +360,9 @@ class _Drawn:
         return np.stack(interpretable_samples)
 
     def _draw(self) -> Iterator[Any]:
-        method = self._method
-        if method.perturb_func is None:
-            yield from self._coins()
-        elif inspect.isgeneratorfunction(method.perturb_func):
-            yield from method.perturb_func(self.original, **self._kwargs)
-        else:
-            while True:
-                yield method.perturb_func(self.original, **self._kwargs)
+        if self._method.perturb_func is None:
+            return self._coins()
+        return by_user(self._method.perturb_func, self.original, self._kwargs)
 
     def _coins(self) -> Iterator[np.ndarray]:
         """Each element present with probability 1/2."""
@@ -371,7 +376,8 @@ class _Drawn:
         """The perturbed input of an interpretable sample."""
         transform = self._method.from_interp_rep_transform
         if transform is not None:
-            return transform(sample, self.original, **self._kwargs)
+            with failing("from_interp_rep_transform"):
+                return transform(sample, self.original, **self._kwargs)
         flat, start, found = np.asarray(sample).reshape(-1) != 0, 0, {}
         for name, array in self.inputs.items():
             part = flat[start : start + array[0].size]
@@ -403,6 +409,16 @@ class _Drawn:
                 )
             parts[name] = found.astype(wanted.dtype, copy=False)
         return {name: parts[name] for name in names}
+
+
+def by_user(perturb: Callable[..., Any], original: Any, kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """The samples that a user's function makes; as many as are asked for, unless it ends."""
+    with failing("perturb_func"):
+        if inspect.isgeneratorfunction(perturb):
+            yield from perturb(original, **kwargs)
+            return
+        while True:
+            yield perturb(original, **kwargs)
 
 
 def checked_weights(weights: np.ndarray) -> np.ndarray:
@@ -484,7 +500,7 @@ class Lime(LimeBase):
     ) -> Any:
         if return_input_shape:
             return super()._attribute(question, **options)
-        wants = options.pop("return_standard_error", False)
+        wants = options["errors"] = options.pop("return_standard_error", False)
         with self._partial(question):
             found = self._find(question, **options)
         assert found.columns is not None
@@ -508,9 +524,11 @@ class Lime(LimeBase):
         return_input_shape: bool = True,
         tolerance: float | None = None,
         seed: int | None = None,
+        errors: bool = True,
     ) -> Found:
         positive(n_samples, "n_samples")
         stop, base = check_tolerance(tolerance), drawn_seed(seed)
+        errors |= stop is not None
         groups = self._features(question, feature_mask)
         if self.perturb_func is not None and not question.at_once:
             groups = [one for group in groups for one in each_example(group)]
@@ -528,7 +546,7 @@ class Lime(LimeBase):
                 Coalitions(features),
                 sampler,
                 total,
-                lambda game: Fit(count, near.of(game.place), fit, samples),
+                lambda game: Fit(count, near.of(game.place), fit, samples, errors),
                 off,
                 tolerance=stop,
             )
@@ -551,10 +569,7 @@ class Lime(LimeBase):
         if self.perturb_func is None:
             return (lambda s: {"z": bernoulli(seed, s.start, s.stop, count)}), n_samples, None
         original, kwargs = near.original(), near.kwargs()
-        if inspect.isgeneratorfunction(self.perturb_func):
-            drawn = list(itertools.islice(self.perturb_func(original, **kwargs), n_samples))
-        else:
-            drawn = [self.perturb_func(original, **kwargs) for _ in range(n_samples)]
+        drawn = list(itertools.islice(by_user(self.perturb_func, original, kwargs), n_samples))
         shapes = {np.asarray(d).size for d in drawn}
         if shapes != {count}:
             raise EvaluationError(
@@ -627,7 +642,8 @@ class _Near:
             x, kwargs = self.original(row), self.kwargs(row)
             for s, present in enumerate(z):
                 sample = present[None].astype(np.int64)
-                weight = self._function(x, self._copy(present, row), sample, **kwargs)
+                with failing("similarity_func"):
+                    weight = self._function(x, self._copy(present, row), sample, **kwargs)
                 found[s, e] = float(np.asarray(weight).reshape(-1)[0])
         return checked_weights(found)
 
@@ -673,8 +689,8 @@ class KernelShap(Lime):
     """
 
     check = (
-        "standard_error: of the values, as a share of their size; r_squared: how close the score is "
-        "to a sum over features (Shapley values are well-defined where it is not)"
+        "standard_error: of the values, as a share of their size; r_squared: how close the score "
+        "is to a sum over features (Shapley values are well-defined where it is not)"
     )
     name = "kernel-shap"
     title = "Kernel Shap"
@@ -718,9 +734,11 @@ class KernelShap(Lime):
         return_input_shape: bool = True,
         tolerance: float | None = None,
         seed: int | None = None,
+        errors: bool = True,
     ) -> Found:
         positive(n_samples, "n_samples", 3)
         stop, base = check_tolerance(tolerance), drawn_seed(seed)
+        errors |= stop is not None
 
         def plan(features: Features) -> Plan:
             from onnxplain.kernels.coalitions import every, kernel_shap, pack
@@ -748,7 +766,7 @@ class KernelShap(Lime):
                 Coalitions(features, distinct=complete),
                 sampler,
                 total,
-                lambda game: KernelShapFit(count, weights),
+                lambda game: KernelShapFit(count, weights, errors),
                 unit=2,
                 tolerance=None if complete else stop,
             )

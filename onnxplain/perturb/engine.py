@@ -18,7 +18,7 @@ from onnxplain.errors import EvaluationError, IncompleteWarning, InputError
 from onnxplain.model import Model
 from onnxplain.perturb.call_game import CallGame
 from onnxplain.perturb.forms import Block, Sampler
-from onnxplain.perturb.game import Game, Play
+from onnxplain.perturb.game import Game, Given, Play
 from onnxplain.perturb.graph_game import Graph, GraphGame
 
 # Where a tolerance is to be met: samples before the first look, and growth from look to look.
@@ -93,6 +93,8 @@ def games(play: Play, samples: int, examples: np.ndarray) -> Iterator[tuple[Game
         examples: their numbers among the inputs, in the order of the form.
     """
     graph = Graph(play) if isinstance(play.model, Model) else None
+    if isinstance(play.off, Given):
+        samples = 1  # they are made for all examples together
     if play.at_once:
         size = len(examples)
     elif graph is not None:

@@ -111,9 +111,9 @@ def features_of(
     rows = max(len(array) for array in ids.values())
     if together:
         given_numbers = np.unique(np.concatenate([a.ravel() for a in ids.values()]))
-        local = {name: np.searchsorted(given_numbers, a) for name, a in ids.items()}
+        places = {name: np.searchsorted(given_numbers, a) for name, a in ids.items()}
         everyone = np.arange(count)
-        return [Features(shapes, local, len(given_numbers), given_numbers[None], everyone)]
+        return [Features(shapes, places, len(given_numbers), given_numbers[None], everyone)]
     flat = [np.broadcast_to(a.reshape(len(a), -1), (rows, a[0].size)) for a in ids.values()]
     numbers = np.concatenate(flat, axis=1)
     width = int(numbers.max()) + 1
@@ -127,14 +127,14 @@ def features_of(
     groups = []
     for size in np.unique(counts):
         which = np.flatnonzero(counts == size)
-        found, start = {}, 0
+        local_ids, start = {}, 0
         for name, array in ids.items():
             part = local[which, start : start + array[0].size]
             start += array[0].size
-            found[name] = part.reshape(len(which), *array.shape[1:])
+            local_ids[name] = part.reshape(len(which), *array.shape[1:])
         mine = (pairs % width)[np.isin(owner, which)].reshape(len(which), size)
         examples = np.arange(count) if rows == 1 else which
-        groups.append(Features(shapes, found, int(size), mine, examples))
+        groups.append(Features(shapes, local_ids, int(size), mine, examples))
     return groups
 
 

@@ -24,6 +24,8 @@ from onnxplain.run.program import Program, Rows, take
 
 # Integers for which onnxruntime's Where has a kernel.
 _WHERE = (ir.DataType.UINT8, ir.DataType.INT32, ir.DataType.INT64)
+# Samples between two backgrounds, where these don't fit into one run.
+_PIECE = 64
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -54,15 +56,18 @@ class GraphGame(Game):
         if off.count <= at_once:
             yield from self._run(rows, self._shared, count)
             return
-        total: Any = 0.0
-        for start in range(0, off.count, at_once):
-            stop = min(start + at_once, off.count)
-            part = {
-                k: v[start:stop] if k.startswith("off.") else v for k, v in self._shared.items()
-            }
-            found = [scores for _, scores in self._run(rows, part, count)]
-            total = total + np.concatenate(found) * ((stop - start) / off.count)
-        yield slice(0, count), total
+        for low in range(0, count, _PIECE):
+            piece = slice(low, min(low + _PIECE, count))
+            mine = {k: _from(v, low) for k, v in rows.items()}
+            total: Any = 0.0
+            for start in range(0, off.count, at_once):
+                stop = min(start + at_once, off.count)
+                part = {
+                    k: v[start:stop] if k.startswith("off.") else v for k, v in self._shared.items()
+                }
+                found = [scores for _, scores in self._run(mine, part, piece.stop - low)]
+                total = total + np.concatenate(found) * ((stop - start) / off.count)
+            yield piece, total
 
     def _run(
         self, rows: Mapping[str, Rows], shared: Mapping[str, np.ndarray], count: int
@@ -73,6 +78,11 @@ class GraphGame(Game):
         for piece, results in chunks:
             (scores,) = results.values()
             yield piece, graph.finished(scores)[:, : self.count]
+
+
+def _from(feed: Rows, start: int) -> Rows:
+    """A feed without its first rows."""
+    return lambda piece: take(feed, slice(start + piece.start, start + piece.stop))
 
 
 def _columns(feed: Rows, index: np.ndarray) -> Rows:
@@ -216,11 +226,11 @@ class Graph:
                 nodes, {side: self._new(graph, f"value.{named.name}", side.dtype, dims(side))}
             )
         fed = {
-            k: self._new(graph, k, dtype, ("samples", *shape))
+            k: self._new(graph, k, dtype, ("samples", *_open(k, shape)))
             for k, (dtype, shape) in play.form.fed().items()
         }
         for k, array in play.form.shared(np.zeros(1, np.int64)).items():
-            fed[k] = self._new(graph, k, array.dtype, ("some", *array.shape[1:]))
+            fed[k] = self._new(graph, k, array.dtype, ("some", *_open(k, array.shape[1:])))
         if isinstance(play.off, Permuted):
             fed["order"] = self._new(graph, "order", np.int64, ("samples", BATCH))
         lead = [op.Shape(fed[next(iter(play.form.fed()))], start=0, end=1), [1], [1]]
@@ -287,6 +297,11 @@ class Graph:
         if wanted.summed:
             flat = op.ReduceSum(flat, [3], keepdims=1)
         return op.ReduceMean(flat, [1], keepdims=0)
+
+
+def _open(name: str, shape: Sequence[int]) -> list[str]:
+    """Dimensions of any size, so that a graph serves any number of features."""
+    return [f"{name}.{axis}" for axis in range(len(shape))]
 
 
 def _mixed(op: Emitter, kept: ir.Value, x: ir.Value, off: ir.Value | None) -> ir.Value:

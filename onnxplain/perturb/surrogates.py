@@ -83,9 +83,9 @@ class KernelShapFit(_Stored):
             they are drawn by their weights.
     """
 
-    def __init__(self, features: int, weights: np.ndarray | None) -> None:
+    def __init__(self, features: int, weights: np.ndarray | None, errors: bool = True) -> None:
         super().__init__(features)
-        self._weights = weights
+        self._weights, self._errors = weights, errors
 
     def _fit(self) -> _Solved:
         scores = self._all_scores()
@@ -134,7 +134,7 @@ class KernelShapFit(_Stored):
         bread = (vectors * np.where(open_, 0, 1 / np.where(open_, 1, values))) @ vectors.T
         change = bread @ cross
         squares: Any = 0.0
-        known = self._weights is None and -(-len(inner) // 2) > self._features
+        known = self._errors and self._weights is None and -(-len(inner) // 2) > self._features
         for piece in pieces:
             z, _ = self._centered(piece)
             left[piece] -= z @ change
@@ -186,7 +186,7 @@ class KernelShapFit(_Stored):
                 "fewer features (feature_mask)",
                 stacklevel=2,
             )
-        return {"fit": solved.fit}
+        return {"r_squared": solved.fit}
 
 
 class _Solved(NamedTuple):
@@ -224,6 +224,7 @@ class Fit(_Stored):
         weights: similarities [S, E] of samples, by their numbers and as booleans [S, F].
         fit: coefficients [F] and predicted values [S] from samples [S, F], values and weights.
         samples: what the model is fitted to instead of the coalitions, by number, [S, F].
+        errors: whether standard errors are wanted.
     """
 
     def __init__(
@@ -232,9 +233,11 @@ class Fit(_Stored):
         weights: Callable[[slice, np.ndarray], np.ndarray],
         fit: Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
         samples: np.ndarray | None = None,
+        errors: bool = True,
     ) -> None:
         super().__init__(features)
         self._weigh, self._model, self._samples = weights, fit, samples
+        self._errors = errors
         self._weights: list[np.ndarray] = []
 
     def add(self, piece: slice, block: Block, scores: np.ndarray) -> None:
@@ -269,7 +272,8 @@ class Fit(_Stored):
                 errors.append(self._jackknife(x, y, w))
                 fits.append(r_squared(y, predicted, w))
         shape = (*scores.shape[1:], -1)
-        spread = None if errors[0] is None else np.array(errors).reshape(shape)
+        known = [np.full_like(v, np.nan) if e is None else e for v, e in zip(values, errors)]
+        spread = None if all(e is None for e in errors) else np.array(known).reshape(shape)
         fit = np.array(fits).reshape(scores.shape[1:]).mean(axis=1)
         return np.array(values).reshape(shape), spread, fit
 
@@ -279,9 +283,11 @@ class Fit(_Stored):
         Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 11.5 (the
         delete-d jackknife in groups). It works for any interpretable model.
         """
-        if len(x) < 2 * _GROUPS:
+        if not self._errors or len(x) < 2 * _GROUPS:
             return None
         group = np.arange(len(x)) % _GROUPS
+        if not all(w[group != g].any() for g in range(_GROUPS)):
+            return None
         without = [
             self._model(x[group != g], y[group != g], w[group != g])[0] for g in range(_GROUPS)
         ]
@@ -298,7 +304,7 @@ class Fit(_Stored):
 
     def figures(self) -> dict[str, np.ndarray]:
         """How well the scores are met: weighted R^2, [E]."""
-        return {"fit": self._once(self._fit)[2]}
+        return {"r_squared": self._once(self._fit)[2]}
 
 
 def r_squared(values: np.ndarray, fitted: np.ndarray, weights: np.ndarray) -> float:

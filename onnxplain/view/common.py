@@ -88,8 +88,13 @@ def frame(explanation: Explanation, example: int = 0, name: str | None = None) -
 
     columns = display.kind == "table" and all(array.ndim <= 2 for array in arrays.values())
     names = tuple(arrays) if columns and name is None else (key,)
+    if not completed(explanation, example):
+        raise InputError(
+            f"example {example} was not computed, as the computation was interrupted before: "
+            "explain it again"
+        )
     for array in names:
-        row = explanation.row(array, example)
+        row = attributions(explanation, array, example)
         if not row.size:
             raise InputError(
                 f"attributions of {array!r} have shape {list(row.shape)}: none to show"
@@ -103,11 +108,17 @@ def frame(explanation: Explanation, example: int = 0, name: str | None = None) -
         explanation=explanation,
         example=example,
         names=names,
-        values=explanation.row(key, example).astype(np.float64),
+        values=attributions(explanation, key, example),
         errors=explanation.error_row(key, example),
         input=None if drawn is None else drawn[example if len(drawn) == len(explanation) else 0],
         display=display,
     )
+
+
+def attributions(explanation: Explanation, name: str, example: int) -> np.ndarray:
+    """One example's attributions, float64; what an interrupt left uncomputed (NaN) is 0."""
+    row = explanation.row(name, example).astype(np.float64)
+    return np.where(np.isnan(row), 0, row) if completed(explanation, example) < 1 else row
 
 
 def _display(given: Display | None, array: np.ndarray) -> Display:
@@ -290,12 +301,12 @@ def _facts(frame: Frame) -> list[str]:
         rows = explanation.check_row(key, example) if key in explanation.checks else np.zeros(0)
         if rows.size:
             mean = float(np.abs(rows, dtype=np.float64).mean() if rows.size > 1 else rows[0])
-            shown = f"{mean:.0f}" if rows.dtype.kind in "iu" else number(mean)
+            shown = f"{mean:.0f}" if key == "samples" else number(mean)
             parts.append(
                 f"{words} {shown}" + (f" (mean size of {rows.size})" if rows.size > 1 else "")
             )
     if (share := completed(explanation, example)) < 1:
-        parts.append(f"INCOMPLETE: interrupted after {share:.0%} of its samples")
+        parts.append(f"INCOMPLETE: interrupted after {share:.0%}, what is missing is 0")
     return [printable(part) for part in parts]
 
 
@@ -313,6 +324,7 @@ _CHECKS = (
     ("completeness_gap", "completeness gap"),
     ("probability", "probability"),
     ("fit", "fit R²"),
+    ("r_squared", "R² of the sum"),
     ("samples", "samples"),
     ("standard_error", "relative standard error"),
 )

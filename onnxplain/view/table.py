@@ -93,7 +93,7 @@ def ranked(frame: Frame, top: int) -> list[Row]:
     if top < 1:
         raise InputError(f"top is {top}: ask for at least one row")
     explanation, example, names = frame.explanation, frame.example, frame.names
-    arrays = [explanation.row(name, example).astype(np.float64) for name in names]
+    arrays = [common.attributions(explanation, name, example) for name in names]
     flat = np.concatenate([array.ravel() for array in arrays])
     spread: list[float | None] = []
     for name, array in zip(names, arrays, strict=True):
