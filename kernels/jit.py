@@ -7,12 +7,16 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar, cast
 
-from numba import njit
+import numpy as np
+from numba import get_num_threads, njit, set_num_threads
 
 from . import LOCK
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Elements of all arrays up to which a kernel runs in one thread.
+_SMALL = 1 << 16
 
 _log = logging.getLogger(__name__)
 
@@ -28,13 +32,24 @@ def kernel(function: Callable[P, R], parallel: bool = False) -> Callable[P, R]:
 
 
 def parallel(function: Callable[P, R]) -> Callable[P, R]:
-    """The same, with ``prange`` over threads, one such kernel at a time."""
+    """The same, with ``prange`` over threads, one such kernel at a time.
+
+    Small arrays get one thread: what a second one saves there is less than the wait for it, and
+    where others use the processor (the model does), a wait can take milliseconds.
+    """
     compiled = kernel(function, parallel=True)
 
     @wraps(function)
     def locked(*args: P.args, **kwargs: P.kwargs) -> R:
         with LOCK:
-            return compiled(*args, **kwargs)
+            if sum(a.size for a in args if isinstance(a, np.ndarray)) > _SMALL:
+                return compiled(*args, **kwargs)
+            threads = get_num_threads()
+            set_num_threads(1)
+            try:
+                return compiled(*args, **kwargs)
+            finally:
+                set_num_threads(threads)
 
     return locked
 

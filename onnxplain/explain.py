@@ -427,7 +427,7 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model | B
     rows = [a.reshape(len(a), -1) for a in explanation.arrays.values() if a.size]
     finite = [np.isfinite(a).all(axis=1) for a in rows]
     bad = {int(i) for row in finite for i in np.flatnonzero(~row)}  # the method warned of these
-    more = " or ".join(k for k in ("n_samples", "nt_samples") if k in info.options)
+    more = " or ".join(k for k in ("n_samples", "nt_samples", "num_masks") if k in info.options)
     told = {
         "relative_convergence_delta": (
             POOR_DELTA,

@@ -88,7 +88,8 @@ def test_same_numbers_alone_and_in_any_chunk(method: Any) -> None:
 def test_a_list_of_layers_gives_a_list_of_maps(method: Any) -> None:
     several = method(net(), ["h", "a"]).attribute(X, target=TARGET)
     assert len(several) == 2
-    np.testing.assert_allclose(several[1], method(net(), "a").attribute(X, target=TARGET), atol=1e-6)
+    alone = method(net(), "a").attribute(X, target=TARGET)
+    np.testing.assert_allclose(several[1], alone, atol=1e-6)
     assert not np.allclose(several[0], several[1])
 
 
@@ -124,9 +125,7 @@ def test_a_score_of_zero() -> None:
 def test_what_comes_before_the_layer_runs_once() -> None:
     made = net()
     AblationCAM(made, "a").attribute(X, target=TARGET)
-    (behind,) = (
-        p.model for key, p in made._programs.items() if "perturb" in str(key)
-    )
+    (behind,) = (p.model for key, p in made._programs.items() if "perturb" in str(key))
     assert {"MatMul", "Add"} <= {n.op_type for n in behind.graph}
     assert "Conv" not in {n.op_type for n in behind.graph}
 
@@ -148,7 +147,8 @@ def test_layouts_of_the_input(method: Any) -> None:
 def test_series_and_volumes(axes: int) -> None:
     shape = (6, 4, 5)[:axes]
     size = int(np.prod(shape))
-    weights = {"k": draw(4, 2, *[3] * axes), "w": draw(4 * size, 2), "flat": np.array([0, 4 * size])}
+    weights = {"k": draw(4, 2, *[3] * axes), "w": draw(4 * size, 2)}
+    weights["flat"] = np.array([0, 4 * size])
     made = model(
         f"""{HEAD} net (float[N, 2, {", ".join(map(str, shape))}] x) => (float[N, 2] y) {{
           h = Conv<auto_pad = "SAME_UPPER">(x, k) a = Relu(h)
@@ -172,7 +172,7 @@ def test_bad_input(method: Any) -> None:
         method(net(), "a").attribute(X)
     with pytest.raises(LayerError, match="without spatial axes"):
         method(net(), "d").attribute(X, target=TARGET)
-    with pytest.raises(LayerError, match="no layer 'nowhere'|nowhere"):
+    with pytest.raises(LayerError, match="nowhere"):
         method(net(), "nowhere")
     with pytest.raises(InputError, match="a BlackBox is a Python function"):
         method(ox.BlackBox(lambda x: x))

@@ -28,6 +28,7 @@ _NO_OPTIONS = {
     "of",
     "wrt",
     "seed",
+    "random_state",  # the seed of the lime package's calls
     "attribution_method",  # of a noise tunnel, which is made around it
 }
 

@@ -25,9 +25,10 @@ from onnxplain.errors import (
 from onnxplain.methods import target as targets
 from onnxplain.methods.base import Question
 from onnxplain.methods.noise import positive
-from onnxplain.methods.perturbation import Found, PerturbationAttribution, _progress
+from onnxplain.methods.perturbation import Found, PerturbationAttribution
+from onnxplain.methods.perturbation import progress_bar as bar_of
 from onnxplain.model import Model
-from onnxplain.perturb.engine import _rounds, check_tolerance, games
+from onnxplain.perturb.engine import check_tolerance, games, rounds
 from onnxplain.perturb.features import Features
 from onnxplain.perturb.forms import Coalitions
 from onnxplain.perturb.game import Off, Play, Tick
@@ -535,7 +536,7 @@ class Pace:
 
     def steps(self, count: int, at_once: int) -> Iterator[slice]:
         """Pieces of at most ``at_once`` samples, with a look after each where that may end it."""
-        for start, stop in _rounds(count, 1, None if self.enough is None else 0.0):
+        for start, stop in rounds(count, 1, None if self.enough is None else 0.0):
             for low in range(start, stop, at_once):
                 yield slice(low, min(low + at_once, stop))
 
@@ -675,7 +676,7 @@ class LimeAttribution(PerturbationAttribution):
         found = Found([values], [errors] if model_regressor is None else [], figures=figures)
         completed, stopped = np.zeros(shape[0]), None
         rows = shape[0] * num_samples
-        with _progress(f"{self.title} attribution", rows, show_progress) as tick:
+        with bar_of(f"{self.title} attribution", rows, show_progress) as tick:
             pace = Pace(tick, None if limit is None else enough)
             for example in range(shape[0]):
                 random = random_numbers(seed)

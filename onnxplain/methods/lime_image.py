@@ -23,7 +23,7 @@ from onnxplain.methods.lime_common import (
     distinct,
 )
 from onnxplain.methods.noise import positive
-from onnxplain.methods.perturbation import _progress
+from onnxplain.methods.perturbation import progress_bar as bar_of
 from onnxplain.methods.spatial import channel_axis
 from onnxplain.model import Model
 from onnxplain.perturb.segments import (
@@ -265,7 +265,7 @@ class LimeImage(LimeAttribution):
             return perturbed(rows[piece])
 
         ids = _ids(segments, perturbed, question.feeds, off)
-        with _progress(f"{self.title} attribution", num_samples, progress_bar) as tick:
+        with bar_of(f"{self.title} attribution", num_samples, progress_bar) as tick:
             pace = Pace(tick)
             if ids is not None:
                 gone = off.arrays[off.explained[0]][0]

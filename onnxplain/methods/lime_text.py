@@ -24,7 +24,7 @@ from onnxplain.methods.lime_common import (
     distinct,
 )
 from onnxplain.methods.noise import positive
-from onnxplain.methods.perturbation import _progress
+from onnxplain.methods.perturbation import progress_bar as bar_of
 from onnxplain.model import Model
 from onnxplain.run.feeds import Arrays, Feeds
 
@@ -277,7 +277,7 @@ class LimeText(LimeAttribution):
         def render(piece: slice) -> Feeds:
             return self._texts([words.without(row) for row in rows[piece]])
 
-        with _progress(f"{self.title} attribution", len(z), progress_bar) as tick:
+        with bar_of(f"{self.title} attribution", len(z), progress_bar) as tick:
             pace = Pace(tick)
             parts = self._answers(numbers, render, _TEXTS, pace)
             taken = pace.take(z, parts).complete()

@@ -335,7 +335,7 @@ class PerturbationAttribution(Attribution):
         )
         drawn = plans[0].off or self._baselines(question, baselines, groups, seed)
         failed: EvaluationError | None = None
-        with _progress(f"{self.title} attribution", total, show_progress) as bar:
+        with progress_bar(f"{self.title} attribution", total, show_progress) as bar:
             for made, group in zip(plans, groups, strict=True):
                 play = Play(
                     self.model,
@@ -427,7 +427,7 @@ def _merged(
 
 
 @contextmanager
-def _progress(name: str, total: int, show: bool) -> Iterator[Callable[[int], Any]]:
+def progress_bar(name: str, total: int, show: bool) -> Iterator[Callable[[int], Any]]:
     """A progress bar on standard error that counts evaluated rows."""
     with tqdm(desc=name, total=total, disable=not show, unit="row", unit_scale=True) as bar:
         yield bar.update

@@ -238,7 +238,8 @@ class RISE(PerturbationAttribution):
         every = tuple(range(len(shape)))
         if len(shape) <= 1 or wanted == len(shape):
             return every, None
-        if isinstance(self.model, BlackBox):
+        model: Any = self.model
+        if isinstance(model, BlackBox):
             if len(shape) == 2 and wanted is None:
                 raise InputError(
                     f"{where}: which of its axes are places can't be told of a function; give "
@@ -247,7 +248,7 @@ class RISE(PerturbationAttribution):
                 )
             seen = image(value, value, shape, integers=True)
         else:
-            seen = image(value, first_wider(self.model, value), shape, integers=True)
+            seen = image(value, first_wider(model, value), shape, integers=True)
         assert seen is not None
         single = [a for a in every if shape[a] == 1]
         channels = None if seen.channels is None else seen.channels - 1

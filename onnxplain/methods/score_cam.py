@@ -28,7 +28,7 @@ from onnxplain.run.feeds import Arrays
 _BELOW = 1e7
 
 
-class _ChannelMap(PerturbationAttribution, ClassActivationMap):
+class _ChannelMap(PerturbationAttribution, ClassActivationMap):  # type: ignore[misc]
     """A layer's maps, each times a weight that is found by changing inputs or the layer."""
 
     needs: ClassVar = ("image",)
@@ -187,7 +187,7 @@ class AblationCAM(_ChannelMap):
     title = "Ablation-CAM"
     paper = "Desai and Ramaswamy, WACV 2020"
 
-    def attribute(  # type: ignore[override]
+    def attribute(
         self,
         inputs: Arrays,
         target: Any = None,

@@ -152,7 +152,7 @@ def run(
             index = np.zeros(1, np.int64) if play.at_once else np.arange(place.start, place.stop)
             sums = aggregator(game)
             done = 0
-            for start, stop in _rounds(samples, unit, tolerance):
+            for start, stop in rounds(samples, unit, tolerance):
                 for piece, block, scores in game.stream(sampler, start, stop):
                     sums.add(piece, block, scores)
                     done, current = piece.stop, (index, sums)
@@ -198,7 +198,7 @@ def warn_interrupted(complete: int, count: int, more: str = "") -> None:
     )
 
 
-def _rounds(samples: int, unit: int, tolerance: float | None) -> Iterator[tuple[int, int]]:
+def rounds(samples: int, unit: int, tolerance: float | None) -> Iterator[tuple[int, int]]:
     """From which sample to which each round goes."""
     start, look = 0, float(_FIRST_LOOK)
     while start < samples:

@@ -304,7 +304,7 @@ class Fit(_Stored):
 
     def figures(self) -> dict[str, np.ndarray]:
         """How well the scores are met: weighted R^2, [E]."""
-        return {"r_squared": self._once(self._fit)[2]}
+        return {"fit": self._once(self._fit)[2]}
 
 
 def r_squared(values: np.ndarray, fitted: np.ndarray, weights: np.ndarray) -> float:

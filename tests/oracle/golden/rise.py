@@ -16,12 +16,11 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
+from torchray.attribution.rise import rise
 
 from tests.oracle.golden.torchray import Net
 from tests.test_maps import IMAGES, WEIGHTS
 from tests.test_rise import SALIENCY, SHAPES, STATE
-
-from torchray.attribution.rise import rise  # noqa: E402  isort: skip
 
 
 @contextmanager
