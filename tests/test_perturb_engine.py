@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -351,11 +352,11 @@ def test_one_graph_for_any_number_of_features(linear: ox.Model) -> None:
 
 
 def test_rounds_depend_on_the_numbers_of_samples_alone() -> None:
-    bounds = list(engine._rounds(1000, 3, 0.1))
+    bounds = list(engine.rounds(1000, 3, 0.1))
     assert bounds[0][0] == 0 and bounds[-1][1] == 1000
-    assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
     assert all(stop % 3 == 0 for _, stop in bounds[:-1])
-    assert list(engine._rounds(10, 1, None)) == [(0, 10)]
+    assert list(engine.rounds(10, 1, None)) == [(0, 10)]
 
 
 NOISY = (

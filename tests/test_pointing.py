@@ -23,9 +23,9 @@ SIZE, FINE = 64, 7
 MARGIN = 4
 CIRCLE, TRIANGLE = 0, 1
 
-# Method, what it explains ("output": log-probabilities; "24": the logits before), options. The model
-# was trained on shapes in the middle: most masks leave it as sure of a triangle as of one that it
-# sees whole, so RISE weighs by scores without the sigmoid.
+# By method: what it explains ("output": log-probabilities; "24": the logits before), and options.
+# The model was trained on shapes in the middle: most masks leave it as sure of a triangle as of one
+# that it sees whole, so RISE weighs by scores without the sigmoid.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "rise": ("output", {"num_masks": 500, "p": 0.3, "activation": "none"}),
     "score-cam": ("output", {"layer": "13"}),

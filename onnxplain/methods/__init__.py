@@ -112,6 +112,7 @@ from onnxplain.methods.surrogate import (
     get_exp_kernel_similarity_function,
 )
 from onnxplain.perturb.maskers import Background
+from onnxplain.perturb.segments import segmentation
 
 __all__ = [
     "LRP",
@@ -183,6 +184,7 @@ __all__ = [
     "VanillaBackprop",
     "XGradCAM",
     "get_exp_kernel_similarity_function",
+    "segmentation",
 ]
 
 METHODS: tuple[type[Attribution], ...] = (

@@ -45,14 +45,14 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class RISE(PerturbationAttribution):
     """The mean of random masks, each weighted by the score of the input under it.
 
-    A mask is a small grid of cells that are kept (1) or not (0), stretched linearly over the spatial
-    axes and shifted by up to a cell; where it is not 1, the baseline is mixed in. Source: Petsiuk,
-    Das and Saenko, "RISE: Randomized Input Sampling for Explanation of Black-box Models", 2018,
-    arXiv:1806.07421, section 3; masks, sigmoid and the division by the number of masks (and not by
-    ``p`` too) as in TorchRay. Unit: the sigmoid of the output.
+    A mask is a small grid of cells that are kept (1) or not (0), stretched linearly over the
+    spatial axes and shifted by up to a cell; where it is not 1, the baseline is mixed in. Source:
+    Petsiuk, Das and Saenko, "RISE: Randomized Input Sampling for Explanation of Black-box Models",
+    2018, arXiv:1806.07421, section 3; masks, sigmoid and the division by the number of masks (and
+    not by ``p`` too) as in TorchRay. Unit: the sigmoid of the output.
 
     - Images and series have their channels where the operators around the input say. Inputs of
-      integers (quantized images) get masks of 0 and 1: each place has that of its nearest cell.
+      integers (pixels of 0 to 255) get masks of 0 and 1: each place has that of its nearest cell.
     - Tables [N, columns] and token sequences [N, tokens]: each column or token is a cell of its own.
       A token that is not kept becomes the baseline, by default token 0: give the number of the mask
       or padding token.
@@ -220,14 +220,15 @@ class RISE(PerturbationAttribution):
         cells = tuple(positive(n, "num_cells") for n in given or [num_cells] * len(axes))
         if len(cells) != len(axes):
             raise InputError(
-                f"num_cells={num_cells!r}: {where} has {len(axes)} spatial axes; give one number for "
-                "each of them"
+                f"num_cells={num_cells!r}: {where} has {len(axes)} spatial axes; give one number "
+                "for each of them"
             )
         for axis, n in zip(axes, cells, strict=True):
             if n > shape[axis] and stretched:
                 raise InputError(
                     f"num_cells={num_cells!r}: {where} has {shape[axis]} places along an axis, too "
-                    f"few for {n} cells; give fewer, or a tuple with one number for each spatial axis"
+                    f"few for {n} cells; give fewer, or a tuple with one number for each spatial "
+                    "axis"
                 )
         return Layout(shape, axes, cells, stretch, channels)
 

@@ -141,9 +141,9 @@ class _ChannelMap(PerturbationAttribution, ClassActivationMap):  # type: ignore[
 class ScoreCAM(_ChannelMap):
     """Score-CAM: channels weighted by the score of the input seen through their maps.
 
-    Each channel's map is stretched to the input's size, scaled to 0..1 and multiplied with the input;
-    the weights are the softmax of the scores over channels, as in pytorch-grad-cam. Source: Wang et
-    al., "Score-CAM", 2019, arXiv:1910.01279, algorithm 1. Unit: the layer's.
+    Each channel's map is stretched to the input's size, scaled to 0..1 and multiplied with the
+    input; the weights are the softmax of the scores over channels, as in pytorch-grad-cam. Source:
+    Wang et al., "Score-CAM", 2019, arXiv:1910.01279, algorithm 1. Unit: the layer's.
     """
 
     name = "score-cam"
@@ -178,9 +178,10 @@ class AblationCAM(_ChannelMap):
     """Ablation-CAM: channels weighted by the share of the score that goes with them.
 
     What comes before the layer runs once. Source: Desai and Ramaswamy, "Ablation-CAM", WACV 2020,
-    section 3. Unit: the layer's. As in pytorch-grad-cam, a channel goes to 0 where the least value of
-    an example's layer is 0 (behind a ReLU), else to 1e7 below that, and every channel is tried.
-    Where the score is 0, the weight is the drop itself.
+    section 3. Unit: the layer's. As in pytorch-grad-cam, a channel goes to 0 where the least value
+    of an example's layer is 0 (behind a ReLU), else to 1e7 below that, and every channel is tried.
+    Where the score is 0, the weight is the drop itself. A saturated probability drops with no
+    channel, and the map is empty: explain the scores before the softmax (``ox.Model(output=...)``).
     """
 
     name = "ablation-cam"
@@ -204,8 +205,8 @@ class AblationCAM(_ChannelMap):
     ) -> Any:
         """Explain examples.
 
-        Arguments, result and errors as :meth:`ScoreCAM.attribute`. ``ablation_value``: what channels
-        go to; None: as pytorch-grad-cam (see the class).
+        Arguments, result and errors as :meth:`ScoreCAM.attribute`. ``ablation_value``: what
+        channels go to; None: as pytorch-grad-cam (see the class).
         """
         return self._call(locals())
 
