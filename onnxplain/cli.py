@@ -700,6 +700,13 @@ def _option_value(key: str, text: str, types: Sequence[str]) -> Any:
             break
     if type(value) is int and "float" in types and "int" not in types:
         value = float(value)
+    if not types and isinstance(value, tuple):
+        import numpy as np
+
+        try:
+            value = np.array(value)
+        except ValueError:
+            raise click.UsageError(f"--option {key}={text}: rows must be of equal length") from None
     if "str" in types and type(value) not in [_TYPES[name][0] for name in types]:
         value = text
     if types and type(value) not in [_TYPES[name][0] for name in types]:

@@ -35,6 +35,8 @@ POOR_COMPLETENESS = 0.5
 POOR_FIT = 0.5
 # Up to this share, no more steps are taken.
 GOOD_DELTA = 0.01
+# Shares above this are of next to nothing: how many times does not matter.
+_TOO_MUCH = 100
 # Options of more elements are on record by their shape and digest.
 _LONG_OPTION = 256
 
@@ -479,9 +481,10 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model | B
             continue
         poor = [int(i) for i in np.flatnonzero(~(found <= limit)) if i not in bad]
         if poor:
+            worst = float(found[poor].max())
+            much = f"{worst:.0%}" if worst < _TOO_MUCH else f"more than {_TOO_MUCH:.0%}"
             warnings.warn(
-                f"the attributions of {_listed(poor, explanation)} {problem} "
-                f"{found[poor].max():.0%}; {advice}",
+                f"the attributions of {_listed(poor, explanation)} {problem} {much}; {advice}",
                 stacklevel=3,
             )
 

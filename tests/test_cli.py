@@ -407,9 +407,11 @@ def test_a_mask_from_a_file(tmp_path: Path) -> None:
         entry = example["attributions"]["features"]
         assert sorted(each["feature"] for each in entry["top"]) == [0, 1, 2]
         assert entry["sum"] == pytest.approx(sum(each["value"] for each in entry["top"]))
-    text = done("explain", CANCER, PATIENTS, "--method", "shapley-values", "--option",
-                f"feature_mask={file}")  # fmt: skip
-    assert "mean radius = 19.89 & 9 more" in text
+    typed = ",".join(str(i // 10) for i in range(30))
+    for given in (str(file), typed):
+        text = done("explain", CANCER, PATIENTS, "--method", "shapley-values", "--option",
+                    f"feature_mask={given}")  # fmt: skip
+        assert "mean radius = 19.89 & 9 more" in text
 
 
 def test_rows_of_a_file_as_a_background() -> None:
@@ -645,6 +647,10 @@ def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
             "must be numbers with commas",
         ),
         (("explain", DIGITS, THREE, "--examples-axis", "x"), "is not an axis"),
+        (
+            ("explain", DIGITS, THREE, "--method", "lime", "--option", "feature_mask=[[1,2],[3]]"),
+            "rows must be of equal length",
+        ),
         (("layers", ""), "MODEL is empty"),
         (("methods", "magic"), "there is no method 'magic'"),
         (("frobnicate",), "No such command"),

@@ -53,7 +53,7 @@ class RISE(PerturbationAttribution):
 
     - Images and series have their channels where the operators around the input say. Inputs of
       integers (pixels of 0 to 255) get masks of 0 and 1: each place has that of its nearest cell.
-    - Tables [N, columns] and token sequences [N, tokens]: each column or token is a cell of its own.
+    - Tables [N, columns] and token sequences [N, tokens]: each column or token is a cell by itself.
       A token that is not kept becomes the baseline, by default token 0: give the number of the mask
       or padding token.
     - Several inputs are masked together, each by a grid of its own.

@@ -21,6 +21,7 @@ from onnxplain.model import Model
 from onnxplain.perturb.game import Game, Given, Off, Permuted, Play
 from onnxplain.run.feeds import Feeds
 from onnxplain.run.program import Program, Rows, take
+from onnxplain.run.session import Feed
 
 # Integers for which onnxruntime's Where has a kernel.
 _WHERE = (ir.DataType.UINT8, ir.DataType.INT32, ir.DataType.INT64)
@@ -44,6 +45,7 @@ class GraphGame(Game):
         index, where = (np.append(a, a[-1:].repeat(short or 0)) for a in (self.index, self.place))
         self._rows = index
         self._shared = self._graph.shared(index, where)
+        self._held: dict[str, tuple[np.ndarray, Feed]] = {}
 
     def keep(self, kept: np.ndarray) -> None:
         super().keep(kept)
@@ -73,11 +75,20 @@ class GraphGame(Game):
         self, rows: Mapping[str, Rows], shared: Mapping[str, np.ndarray], count: int
     ) -> Iterator[tuple[slice, np.ndarray]]:
         graph = self._graph
-        fed = {graph.names[k]: v for k, v in rows.items()}
-        chunks = graph.program.chunks(fed, graph.used(shared), count, at_most=self.play.at_most)
+        fed, used = {graph.names[k]: v for k, v in rows.items()}, graph.used(shared)
+        placed, most = self._placed(used), self.play.at_most
+        chunks = graph.program.chunks(fed, used, count, at_most=most, placed=placed)
         for piece, results in chunks:
             (scores,) = results.values()
             yield piece, graph.finished(scores)[:, : self.count]
+
+
+    def _placed(self, shared: Mapping[str, np.ndarray]) -> dict[str, Feed]:
+        """What is fed once, on the device: each array goes over once for all rounds of the game."""
+        new = {k: v for k, v in shared.items() if k not in self._held or self._held[k][0] is not v}
+        placed = self._graph.program.session.place(new)
+        self._held |= {k: (shared[k], v) for k, v in placed.items()}
+        return {k: v for k, (_, v) in self._held.items() if k in shared}
 
 
 def _from(feed: Rows, start: int) -> Rows:

@@ -14,7 +14,7 @@ from onnxplain.errors import InputError, OutOfMemoryError, UnsupportedModelError
 from onnxplain.graph.edit import BATCH
 from onnxplain.graph.emit import dims
 from onnxplain.run import memory
-from onnxplain.run.session import Provider, Session
+from onnxplain.run.session import Feed, Provider, Session
 
 log = logging.getLogger("onnxplain")
 
@@ -119,10 +119,11 @@ class Program:
         count: int,
         outputs: Sequence[str] | None = None,
         at_most: int | None = None,
+        placed: Mapping[str, Feed] | None = None,
     ) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
         """Run rows in chunks that fit memory; yields each chunk's slice and results.
 
-        A chunk that runs out of memory is halved and tried again.
+        ``placed``: ``shared`` on the device already, where it is run several times. A chunk that runs out of memory is halved and tried again.
 
         Raises:
             OutOfMemoryError: a single row does not fit.
@@ -142,7 +143,7 @@ class Program:
         )
         cost = self._cost(row, same) if limited else _Cost(0, 0)
         size, start = choose(), 0
-        placed = self.session.place(shared)
+        placed = self.session.place(shared) if placed is None else placed
         while start < count:
             piece = slice(start, min(start + size, count))
             feeds = {name: take(feed, piece) for name, feed in rows.items()}
