@@ -227,7 +227,7 @@ class Graph:
     def _write(self, repeat: bool) -> ir.Model:
         """The graph; ``repeat``: what else ``of`` depends on is repeated for every copy."""
         play, n = self.play, len(self.play.wrt)
-        copy, values = play.model.rewriting(play.of, *play.wrt, *self.sides)
+        copy, values = play.model.rewriting(play.of, *play.wrt, *self.sides, exact=False)
         of, wrt, sides = values[0], values[1 : 1 + n], values[1 + n :]
         graph = copy.graph
         nodes = list(graph)

@@ -123,7 +123,9 @@ class Program:
     ) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
         """Run rows in chunks that fit memory; yields each chunk's slice and results.
 
-        ``placed``: ``shared`` on the device already, where it is run several times. A chunk that runs out of memory is halved and tried again.
+        ``placed``: ``shared`` on the device already, where it is run several times.
+
+        A chunk that runs out of memory is halved and tried again.
 
         Raises:
             OutOfMemoryError: a single row does not fit.
