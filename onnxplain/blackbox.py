@@ -191,7 +191,8 @@ class BlackBox:
 
     def _one(self, arrays: Mapping[str, np.ndarray], rows: slice, count: int) -> np.ndarray:
         """One checked call."""
-        part = {name: array[rows] for name, array in arrays.items()}
+        # Copies, as functions may write on what they get, and use what they return again.
+        part = {name: array[rows].copy() for name, array in arrays.items()}
         first = list(takewhile(part.__contains__, self._names))
         first += [name for name in part if name.startswith("input.")] if self._open else []
         where = f"rows {rows.start} to {rows.stop - 1} of {count}"
@@ -200,7 +201,7 @@ class BlackBox:
                 *(part[name] for name in first),
                 **{name: array for name, array in part.items() if name not in first},
             )
-            found = np.asarray(answer)
+            found = np.array(answer)
         except Exception as error:
             shapes = ", ".join(f"{k}: {a.dtype} {list(a.shape)}" for k, a in part.items())
             raise EvaluationError(

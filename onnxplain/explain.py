@@ -118,10 +118,14 @@ def explain(
     used = layer if layer is not None else getattr(made, "layer", None)
     over = made.laid_over(feeds)
     errors: dict[str, np.ndarray] = {}
+    features: dict[str, np.ndarray] = {}
     if by_inputs and over is None:
         arrays, form = _by_input(answer.result, feeds, embedded, model.axes), feeds.form
         if answer.standard_errors is not None:
             errors = _by_input(answer.standard_errors, feeds, {}, model.axes)
+        features = _feature_mask(options.get("feature_mask"), arrays)
+        if answer.features is not None:
+            features = _by_input(answer.features, feeds, {}, model.axes)
     else:
         names = over or [used or made.wrt[0]]
         arrays, form = _by_name(answer.result, names)
@@ -146,7 +150,7 @@ def explain(
         },
         checks=answer.checks,
         standard_errors=errors,
-        features=_feature_mask(options.get("feature_mask"), arrays) if by_inputs else {},
+        features={k: v for k, v in features.items() if _shared(v, arrays[k].shape)},
         provenance={**_provenance(model), **record, **(provenance or {})},
         display=display,
     )
@@ -188,6 +192,11 @@ def _feature_mask(mask: Any, arrays: Mapping[str, np.ndarray]) -> dict[str, np.n
     full = {k: v.reshape((1,) * (arrays[k].ndim - v.ndim) + v.shape) for k, v in named.items()}
     # Where several outputs are explained, the values of an input come after them.
     return {k: v for k, v in full.items() if _broadcasts(v.shape, arrays[k].shape)}
+
+
+def _shared(features: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether any feature has several values."""
+    return features.shape[1:] != shape[1:] or any(len(np.unique(f)) < f.size for f in features)
 
 
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:

@@ -95,6 +95,21 @@ def test_inputs_that_are_refused(inputs: Any, message: str) -> None:
         ox.BlackBox(lambda *a: a[0].sum(axis=1))(inputs)
 
 
+def test_what_it_writes_on_its_arrays_is_its_own_business() -> None:
+    buffer = np.empty(2)
+
+    def careless(x: np.ndarray) -> np.ndarray:
+        x *= 0
+        buffer[:] = np.arange(2) + len(calls)
+        calls.append(1)
+        return buffer
+
+    calls: list[int] = []
+    x = X[:4].copy()
+    np.testing.assert_array_equal(ox.BlackBox(careless, batch_size=2)(x)["output"], [0, 1, 1, 2])
+    np.testing.assert_array_equal(x, X[:4])
+
+
 # --- what it may answer -------------------------------------------------------------------------
 
 

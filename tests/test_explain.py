@@ -317,7 +317,17 @@ def test_standard_errors_and_features_are_kept(net: ox.Model, tmp_path: Path) ->
     again = ox.load_explanation(tmp_path / "why.npz")
     np.testing.assert_array_equal(again.standard_errors["x"], errors)
     np.testing.assert_array_equal(again.features["x"], found.features["x"])
-    assert ox.explain(net, X, "feature-ablation").standard_errors == {}
+    alone = ox.explain(net, X, "feature-ablation", feature_mask=np.arange(4))
+    assert (alone.standard_errors, alone.features) == ({}, {})
+
+
+def test_features_that_a_method_makes_are_kept(digits: ox.Model) -> None:
+    x = load_digits().images[[3, 40], None].astype(np.float32) / 16
+    halves = np.indices((8, 8))[1] // 4
+    found = ox.explain(digits, x, "lime-image", segmentation=halves, num_samples=20, seed=0)
+    np.testing.assert_array_equal(found.features["image"][1, 0], halves)
+    top = found.summary()["examples"][0]["attributions"]["image"]["top"]
+    assert sorted(each["feature"] for each in top) == [0, 1]
 
 
 def test_a_surrogate_of_what_interacts_is_told() -> None:

@@ -109,11 +109,13 @@ class Answer:
         result: as ``attribute`` returns it.
         checks: figures by name, one per example.
         standard_errors: of each attribution, in the form of ``result``; None where not known.
+        features: which values are one feature that the method made itself, in that form; or None.
     """
 
     result: Any
     checks: dict[str, np.ndarray]
     standard_errors: Any = None
+    features: Any = None
 
 
 class Attribution:

@@ -673,7 +673,9 @@ class LimeAttribution(PerturbationAttribution):
         shape = question.feeds.arrays[question.wrt[0].name or ""].shape
         values, errors = (np.full((shape[0], 1, *shape[1:]), np.nan) for _ in range(2))
         figures = {"fit": np.full(shape[0], np.nan), "samples": np.zeros(shape[0])}
+        ids = np.full(shape, -1)
         found = Found([values], [errors] if model_regressor is None else [], figures=figures)
+        found.features = [ids]
         completed, stopped = np.zeros(shape[0]), None
         rows = shape[0] * num_samples
         with bar_of(f"{self.title} attribution", rows, show_progress) as tick:
@@ -684,6 +686,7 @@ class LimeAttribution(PerturbationAttribution):
                 done, stopped = len(taken.scores), taken.stopped
                 if done >= 2:
                     local, spread = fitted(taken)
+                    ids[example] = taken.ids
                     for array, part in zip((values, errors), spread, strict=False):
                         array[example, 0] = part
                     figures["fit"][example], figures["samples"][example] = local.score, done

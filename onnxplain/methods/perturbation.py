@@ -69,6 +69,7 @@ class Found:
         columns, column_errors: the same by feature [N, K, features], for the user's feature numbers
             in order.
         figures: figures by name, [N].
+        features: which values are one feature that the method made itself, [N, ...] per source.
     """
 
     values: list[np.ndarray]
@@ -76,6 +77,7 @@ class Found:
     columns: np.ndarray | None = None
     column_errors: np.ndarray | None = None
     figures: dict[str, np.ndarray] = field(default_factory=dict)
+    features: list[np.ndarray] = field(default_factory=list)
 
 
 class PerturbationAttribution(Attribution):
@@ -144,7 +146,8 @@ class PerturbationAttribution(Attribution):
             figures["standard_error"] = np.sum(parts[:n], axis=0) / size
         arrays = self._shaped(question, found.values)
         said = question.in_form if "completed" in figures else question.answer
-        return Answer(said(arrays), figures, errors)
+        features = question.in_form(found.features) if found.features else None
+        return Answer(said(arrays), figures, errors, features)
 
     def _shaped(self, question: Question, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Arrays [N, K, ...] as [N, ...], or [N, outputs..., ...], of the dtype of each source."""
