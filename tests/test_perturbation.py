@@ -426,20 +426,42 @@ def test_more_features_than_samples(method: str) -> None:
     np.testing.assert_allclose(got.sum(), wide.sum(), rtol=1e-3)
 
 
-def test_kernel_shap_is_the_regression_of_its_samples() -> None:
-    """Against weighted least squares with the constraint put in by substitution."""
+@pytest.mark.parametrize("piece", [None, 4])
+def test_kernel_shap_is_the_regression_of_its_samples(
+    piece: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against least squares with the constraint put in by substitution, and its sandwich."""
+    from onnxplain.perturb import surrogates
+
     from onnxplain.kernels.coalitions import kernel_shap, unpack
 
     features, n_samples = 9, 120
+    if piece is not None:  # the numbers don't depend on how many samples are taken at a time
+        monkeypatch.setattr(surrogates, "_TALL", piece * features)
     x = f32(1, features).astype(np.float64)
-    score = lambda z: np.sin(3 * z).sum(1) * z[:, 0] + z[:, 1] * z[:, 2]  # noqa: E731
-    got = ox.KernelShap(ox.BlackBox(score)).attribute(x, n_samples=n_samples, seed=5)
+
+    def score(z: np.ndarray) -> np.ndarray:
+        return np.sin(3 * z).sum(1) * z[:, 0] + z[:, 1] * z[:, 2]
+
+    got, error = ox.KernelShap(ox.BlackBox(score)).attribute(
+        x, n_samples=n_samples, seed=5, return_standard_error=True
+    )
     z = unpack(kernel_shap(5, 0, n_samples - 2, features), features).astype(float)
     y = score(z * x)
     total = score(x)[0]
-    rest = z[:, :-1] - z[:, -1:]
-    found = np.linalg.lstsq(rest, y - z[:, -1] * total, rcond=None)[0]
+    rest, seen = z[:, :-1] - z[:, -1:], y - z[:, -1] * total
+    found = np.linalg.lstsq(rest, seen, rcond=None)[0]
     np.testing.assert_allclose(got[0], [*found, total - found.sum()], rtol=1e-6, atol=1e-8)
+    # The two of a pair are one observation; leverage as HC3 has it.
+    bread = np.linalg.inv(rest.T @ rest)
+    meat = np.zeros_like(bread)
+    for p in range(0, len(rest), 2):
+        r, left = rest[p : p + 2], (seen - rest @ found)[p : p + 2]
+        moved = r.T @ left / (1 - np.trace(r @ bread @ r.T))
+        meat += np.outer(moved, moved)
+    spread = np.diag(bread @ meat @ bread)
+    last = np.ones(features - 1) @ bread @ meat @ bread @ np.ones(features - 1)
+    np.testing.assert_allclose(error[0] ** 2, [*spread, last], rtol=1e-6)
 
 
 # ------------------------------------------------------------------------ lime
@@ -450,13 +472,17 @@ def test_lime_is_the_weighted_fit_of_its_samples() -> None:
     from sklearn.linear_model import Lasso, LinearRegression, Ridge
 
     x, base = f32(2, 6).astype(np.float64), f32(2, 6).astype(np.float64)
-    score = lambda z: np.sin(2 * z).sum(1) + z[:, 0] * z[:, 1]  # noqa: E731
+
+    def score(z: np.ndarray) -> np.ndarray:
+        return np.sin(2 * z).sum(1) + z[:, 0] * z[:, 1]
+
     z = unpack(bernoulli(3, 0, 80, 6), 6)
     kernels = {
         "cosine": lambda a, b: 1 - (a * b).sum(1) / np.linalg.norm(a) / np.linalg.norm(b, axis=1),
         "euclidean": lambda a, b: np.linalg.norm(a - b, axis=1),
     }
-    for name, surrogate in (("lasso", Lasso(0.01)), ("ridge", Ridge()), ("linear", LinearRegression())):  # fmt: skip # noqa: E501
+    surrogates = {"lasso": Lasso(0.01), "ridge": Ridge(), "linear": LinearRegression()}
+    for name, surrogate in surrogates.items():
         for kernel, distance in kernels.items():
             similar = ox.get_exp_kernel_similarity_function(kernel, 1.5)
             got = ox.Lime(ox.BlackBox(score), name, similar).attribute(
@@ -662,8 +688,8 @@ def test_permutation_by_a_function(kind: str, linear: ox.Model) -> None:
     want = (X - np.roll(X, 1, axis=0)) * W[:, 2]
     got = ox.FeaturePermutation(m, rolled).attribute(X, target=2)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(np.concatenate(calls), np.eye(4, dtype=bool))  # each feature once
     small = model(HEAD + LINEAR, {"w": W}, memory_limit=1)
-    calls.clear()
     got = ox.FeaturePermutation(small, rolled).attribute(X, target=2, perturbations_per_eval=1)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ox.EvaluationError, match="perm_func returned shape"):
@@ -695,7 +721,10 @@ def test_every_output_where_none_is_named(linear: ox.Model) -> None:
 @pytest.mark.parametrize("kind", ["model", "callable"])
 def test_one_number_for_the_whole_batch(method: str, kind: str) -> None:
     """A feature goes in all examples at once; the first dimension is 1."""
-    m: Any = onnx("g (float[N,4] x) => (float y) { h = MatMul(x, w) y = ReduceSum<keepdims=0>(h) }", w=W[:, :1])  # fmt: skip # noqa: E501
+    m: Any = onnx(
+        "g (float[N,4] x) => (float y) { h = MatMul(x, w) y = ReduceSum<keepdims=0>(h) }",
+        w=W[:, :1],
+    )
     if kind == "callable":
         m = ox.BlackBox(lambda x: float((x @ W[:, 0]).sum()))
     got = attribute(method, m, X, baselines=B)
@@ -990,8 +1019,9 @@ def test_more_refusals(linear: ox.Model) -> None:
         ox.FeaturePermutation(linear, 3)  # type: ignore[arg-type]
     with pytest.raises(ox.InputError, match="interpretable_model 'tree' is not known"):
         ox.Lime(linear, "tree")
-    with pytest.raises(ox.InputError, match="no example"):
-        ox.FeatureAblation(ox.BlackBox(lambda x: x.sum(1))).attribute(X[:0])
+    for m in (linear, ox.BlackBox(lambda x: x @ W)):
+        with pytest.raises(ox.InputError, match="no example"):
+            ox.FeatureAblation(m).attribute(X[:0], target=0)
     with pytest.raises(ox.LayerError):
         ox.LayerFeatureAblation(linear, "nothing")
     with pytest.raises(ox.LayerError, match="Python function"):

@@ -652,3 +652,10 @@ def test_padding_of_one_feature_is_counted_once() -> None:
     values = np.array([[1.0, 2.0, 2.0]])
     made = explain(np.ones((1, 3)), values, display, features={"x": np.array([[0, 1, 1]])})
     assert "(+2 positions)(+2)" in view.terminal(made, color=False)
+
+
+def test_what_lies_far_from_zero_is_shown_by_its_differences() -> None:
+    values = 5 + np.linspace(0, 1, 64).reshape(1, 1, 8, 8)
+    words = text_of(explain(values, values).plot())
+    assert "less their mean, 5.5" in words and "less the least, 5" in words
+    assert common.offset(values - 5) == (0.0, 0.0) == common.offset(np.full(4, 2.0))

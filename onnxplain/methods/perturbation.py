@@ -36,6 +36,7 @@ Baselines = Any
 """None (zeros), a number, an array, a tuple or dict of these, the name of a masker ("blur", "mean",
 "noise", "inpaint", "segment-mean"), or ``Background(rows)``, over which scores are averaged."""
 
+NO_EXAMPLE = "there is no example to explain: the inputs have no rows"
 TOO_FEW = "there are too few samples for a standard error: take more (n_samples)"
 
 
@@ -194,6 +195,8 @@ class PerturbationAttribution(Attribution):
             question = super()._ask(
                 inputs, selector, additional, of_entering=of_entering, wrt_entering=wrt_entering
             )
+            if not question.feeds.count:
+                raise InputError(NO_EXAMPLE)
             shared = [k for k in question.feeds.explained if self.model.axes[k] is None]
             if shared and question.groups is None:
                 raise InputError(
@@ -203,7 +206,7 @@ class PerturbationAttribution(Attribution):
             return question
         feeds = model.feeds(inputs, additional)
         if not feeds.count:
-            raise InputError("there is no example to explain")
+            raise InputError(NO_EXAMPLE)
         # All of them: a function of the whole batch may know how many they are.
         answer = model.evaluate(feeds.arrays)
         at_once = not answer.ndim

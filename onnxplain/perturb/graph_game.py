@@ -82,7 +82,6 @@ class GraphGame(Game):
             (scores,) = results.values()
             yield piece, graph.finished(scores)[:, : self.count]
 
-
     def _placed(self, shared: Mapping[str, np.ndarray]) -> dict[str, Feed]:
         """What is fed once, on the device: each array goes over once for all rounds of the game."""
         new = {k: v for k, v in shared.items() if k not in self._held or self._held[k][0] is not v}

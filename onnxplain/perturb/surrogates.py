@@ -17,8 +17,8 @@ _GROUPS = 10
 _RANK = 1e-10
 # A pair whose own score hardly counts in what is fitted to it; nothing is known of its residual.
 _OWN = 0.01
-# Features taken at a time, where there are more of them than samples; else samples (whole pairs).
-_WIDE, _TALL = 4096, 8192
+# Features taken at a time, where there are more of them than samples; else numbers of both.
+_WIDE, _TALL = 4096, 1 << 20
 _ALL = slice(None)
 
 
@@ -121,7 +121,8 @@ class KernelShapFit(_Stored):
         self, inner: np.ndarray, share: np.ndarray, weights: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, int]:
         """Changes from equal shares [F, M], their standard errors, residuals [n, M], the rank."""
-        pieces = [slice(i, min(i + _TALL, len(inner))) for i in range(0, len(inner), _TALL)]
+        step = 2 * max(_TALL // 2 // self._features, 1)  # whole pairs
+        pieces = [slice(i, min(i + step, len(inner))) for i in range(0, len(inner), step)]
         gram, cross = np.zeros((self._features, self._features)), np.zeros((self._features, 1))
         left = np.empty_like(inner)
         for piece in pieces:

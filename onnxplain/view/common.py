@@ -19,6 +19,7 @@ from onnxplain.result import Display, Explanation, Layout
 # Far apart in hue and lightness for every common kind of color vision.
 RED, BLUE = np.array([0.80, 0.07, 0.12]), np.array([0.04, 0.30, 0.78])
 DPI = 150
+OFFSET = 0.5  # above this share of the largest, the least leaves nothing to see but differences
 SPARSE = 0.1  # below this share of nonzero attributions, percentiles are of these alone
 
 
@@ -162,6 +163,18 @@ def scale(values: np.ndarray, percentile: float = 100.0) -> Scale:
         which = f"{percentile:g}{_ordinal(percentile)} percentile of {of}: {number(limit)}"
         return Scale(limit, f"colors clipped at the {which} (largest: {number(largest)})", True)
     return Scale(largest, f"colors not clipped: largest |attribution| {number(largest)}", False)
+
+
+def offset(values: np.ndarray) -> tuple[float, float]:
+    """The mean of values and the least of their sizes, where all are far from zero; else 0, 0.
+
+    Maps of scores under masks (RISE) lie around a mean score: beside that, what differs is small.
+    """
+    size = np.abs(values)
+    least, same = float(size.min(initial=np.inf)), (values > 0).all() or (values < 0).all()
+    if not same or least < OFFSET * size.max(initial=0.0) or not np.ptp(values):
+        return 0.0, 0.0
+    return float(values.mean()), least
 
 
 def _ordinal(number: float) -> str:

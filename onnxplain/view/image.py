@@ -20,7 +20,10 @@ def figure(frame: Frame, *, percentile: float = 99.0) -> Figure:
     """
     picture, note = _picture(frame)
     values, sizing = _spatial(frame, picture.shape[:2])
-    scale = common.scale(values, percentile)
+    # Where nothing is near zero, what differs is what the picture can show.
+    level, least = common.offset(values)
+    signed, size = values - level, np.abs(values) - least
+    scale, sizes = common.scale(signed, percentile), common.scale(size, percentile)
     gray = picture if picture.ndim == 2 else (rgb2gray(picture) * 255).round()
 
     height, width = picture.shape[:2]
@@ -37,20 +40,23 @@ def figure(frame: Frame, *, percentile: float = 99.0) -> Figure:
     middle.imshow(gray, cmap="gray", vmin=0, vmax=255, interpolation=sampling, alpha=0.75)
     if scale.limit:
         middle.imshow(
-            values, cmap=common.signed_colors(), norm=scale.norm(), interpolation=sampling
+            signed, cmap=common.signed_colors(), norm=scale.norm(), interpolation=sampling
         )
         beside = (1.03, 0, 0.15 / panel, 1)
         common.color_bar(fig, scale, cax=middle.inset_axes(beside))
-        common.color_bar(fig, scale, cax=right.inset_axes(beside), signed=False)
-    right.imshow(
-        np.abs(values), cmap="inferno", norm=scale.norm(signed=False), interpolation=sampling
-    )
+        common.color_bar(fig, sizes, cax=right.inset_axes(beside), signed=False)
+    right.imshow(size, cmap="inferno", norm=sizes.norm(signed=False), interpolation=sampling)
     unit, top = common.predictions(frame)
+    less = (
+        f"\nless their mean, {common.number(level)}",
+        f"\nless the least, {common.number(least)}",
+    )
+    below, above = less if level else ("", "")
     zero = "all attributions are zero" if not scale.limit else None
     titles = (
         (left, "\n".join([f"input{note}, predicted ({unit}):", *top])),
-        (middle, zero or f"signed: red positive, blue negative{sizing}"),
-        (right, zero or f"absolute value{sizing}"),
+        (middle, zero or f"signed: red positive, blue negative{below}{sizing}"),
+        (right, zero or f"absolute value{above}{sizing}"),
     )
     for axes, title in titles:
         axes.set_title(title, fontsize=9, parse_math=False)
