@@ -150,11 +150,10 @@ def _segments(network: str, x: np.ndarray) -> np.ndarray | None:
 
 
 def _few(network: str, x: np.ndarray) -> np.ndarray:
-    """Four groups where an evaluation takes long, else six: Captum takes every permutation."""
+    """Four groups where an evaluation takes long, else five: Captum takes every permutation."""
     if network in SEGMENTS:
-        ids = squares(x.shape[-1], 2 if network == "resnet18" else 3)
-        return np.minimum(ids, 5)
-    return np.arange(x.shape[1])[None] % 6
+        return np.minimum(squares(x.shape[-1], 2 if network == "resnet18" else 3), 4)
+    return np.arange(x.shape[1])[None] % 5
 
 
 def _channels(network: str, x: np.ndarray) -> np.ndarray | None:
@@ -213,6 +212,18 @@ def inputs(network: str, images: int, size: int) -> np.ndarray:
     return nets.example(network, images, seed=1)[0].numpy()
 
 
+def fastest(calls: Mapping[Any, Call], tries: int) -> dict[Any, float]:
+    """Seconds of each call, the least of some tries; a single one is not tried."""
+    if len(calls) == 1:
+        return dict.fromkeys(calls, 0.0)
+    return {key: min(seconds(call) for _ in range(tries)) for key, call in calls.items()}
+
+
+def searched(found: Mapping[Any, float]) -> dict[str, float] | None:
+    """What was found by :func:`fastest`, as a field of a figure."""
+    return {str(k): v for k, v in found.items()} if len(found) > 1 else None
+
+
 def against_captum(name: str, network: str, report: Report, scale: Scale) -> None:
     """A method beside Captum at its fastest `perturbations_per_eval`."""
     networks.require("captum")
@@ -225,7 +236,8 @@ def against_captum(name: str, network: str, report: Report, scale: Scale) -> Non
     onnx_file, torch_file = networks.network(
         network, scale.size, scale.exporter, classes=CLASSES[network]
     )
-    x = inputs(network, max(row.images, IMAGES[network]), scale.size)
+    count = max(row.images, 1 if scale.quick else IMAGES[network])
+    x = inputs(network, count, scale.size)
     given = arguments(row, network, x)
     if scale.quick and "n_samples" in given:
         given["n_samples"] = min(given["n_samples"], FEW)
@@ -245,8 +257,7 @@ def against_captum(name: str, network: str, report: Report, scale: Scale) -> Non
         return found.numpy()
 
     error = None if row.drawn else agree(prefix, ours(), captum(scale.captum_batches[0]))
-    found = {size: min(seconds(partial(captum, size)) for _ in range(2))
-             for size in scale.captum_batches}  # fmt: skip
+    found = fastest({size: partial(captum, size) for size in scale.captum_batches}, 2)
     best = min(found, key=found.__getitem__)
     times = interleave({"onnxplain": ours, "captum": partial(captum, best)}, scale.perturb_rounds)
     report.figure(
@@ -258,7 +269,7 @@ def against_captum(name: str, network: str, report: Report, scale: Scale) -> Non
         relative_error=error,
         not_compared=DRAWN if row.drawn else None,
         examples=len(x),
-        searched_seconds={str(k): v for k, v in found.items()},
+        searched_seconds=searched(found),
     )
 
 
@@ -270,7 +281,7 @@ def _beside(
     scale: Scale, **details: Any,
 ) -> None:  # fmt: skip
     """One figure against another tool, at the batch size that it is fastest with."""
-    found = {k: seconds(call) for k, call in theirs.items()}
+    found = fastest(theirs, 1)
     best = min(found, key=found.__getitem__)
     times = interleave({"onnxplain": ours, tool: theirs[best]}, scale.perturb_rounds)
     report.figure(
@@ -279,7 +290,7 @@ def _beside(
         baseline=tool if best is None else f"{tool}, batch_size={best}",
         target="speedup >= 2",
         speedup=1 / times.ratio("onnxplain", tool),
-        searched_seconds={str(k): v for k, v in found.items()} if len(found) > 1 else None,
+        searched_seconds=searched(found),
         **details,
     )
 

@@ -219,8 +219,9 @@ class BlackBox:
                 "return a plain number"
             )
         found = found.astype(np.float64) if found.dtype.kind in "biu" else found
-        if not all_finite(found):
-            bad = ~np.isfinite(found).reshape(len(found) if found.ndim else 1, -1).all(axis=1)
+        # Some numbers of a row may be infinite (a class ruled out): those explained are looked at.
+        bad = ~np.isfinite(found).reshape(len(found) if found.ndim else 1, -1).any(axis=1)
+        if found.size and bad.any():
             places = rows.start + np.flatnonzero(bad)
             shown = ", ".join(map(str, places[:8])) + (", ..." if len(places) > 8 else "")
             raise EvaluationError(

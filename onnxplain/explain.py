@@ -490,8 +490,9 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model | B
             continue
         poor = [int(i) for i in np.flatnonzero(~(found <= limit)) if i not in bad]
         if poor:
-            worst = float(found[poor].max())
+            worst = float(np.nan_to_num(found[poor], nan=np.inf).max())
             much = f"{worst:.0%}" if worst < _TOO_MUCH else f"more than {_TOO_MUCH:.0%}"
+            much = "what too few samples can't tell" if np.isnan(found[poor]).any() else much
             warnings.warn(
                 f"the attributions of {_listed(poor, explanation)} {problem} {much}; {advice}",
                 stacklevel=3,

@@ -431,9 +431,9 @@ def test_kernel_shap_is_the_regression_of_its_samples(
     piece: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against least squares with the constraint put in by substitution, and its sandwich."""
-    from onnxplain.perturb import surrogates
-
     from onnxplain.kernels.coalitions import kernel_shap, unpack
+
+    from onnxplain.perturb import surrogates
 
     features, n_samples = 9, 120
     if piece is not None:  # the numbers don't depend on how many samples are taken at a time
@@ -441,7 +441,7 @@ def test_kernel_shap_is_the_regression_of_its_samples(
     x = f32(1, features).astype(np.float64)
 
     def score(z: np.ndarray) -> np.ndarray:
-        return np.sin(3 * z).sum(1) * z[:, 0] + z[:, 1] * z[:, 2]
+        return np.sin(z @ np.arange(1, features + 1)) + z.prod(1)
 
     got, error = ox.KernelShap(ox.BlackBox(score)).attribute(
         x, n_samples=n_samples, seed=5, return_standard_error=True
@@ -803,10 +803,18 @@ def test_a_list_of_layers(block: ox.Model) -> None:
     r, gate = np.tanh(X @ A), 1 / (1 + np.exp(-X))
     np.testing.assert_allclose(got[0], r * gate * W[:, 1], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got[1], (r + X) * gate * W[:, 1], rtol=1e-4, atol=1e-5)
-    shared = ox.LayerFeatureAblation(block, ["r", "gate"]).attribute(X, target=1, layer_mask=(0, 0))
-    whole = np.tile(tail(r, X)[:, 1:2], 4)
-    np.testing.assert_allclose(shared[0], whole, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(shared[1], whole, rtol=1e-4, atol=1e-5)
+    grouped = ox.LayerFeatureAblation(block, ["r", "gate"]).attribute(
+        X, target=1, layer_mask=(0, [0, 1, 1, 1])
+    )
+    whole = np.tile((r * gate * W[:, 1]).sum(1, keepdims=True), 4)
+    np.testing.assert_allclose(grouped[0], whole, rtol=1e-4, atol=1e-5)
+    want = (r + X) * gate * W[:, 1]
+    want[:, 1:] = want[:, 1:].sum(1, keepdims=True)
+    np.testing.assert_allclose(grouped[1], want, rtol=1e-4, atol=1e-5)
+    # One behind the other: each is taken by itself.
+    one, two = ox.LayerFeatureAblation(block, ["r", "wide"]).attribute(X, target=1)
+    np.testing.assert_allclose(one, got[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(two.reshape(5, 4), got[1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_permuted(block: ox.Model) -> None:
@@ -882,15 +890,18 @@ def test_a_background_is_averaged_over(kind: str, limit: int | None, curved: ox.
         np.testing.assert_allclose(got, np.mean(each, axis=0), rtol=1e-4, atol=1e-5)
 
 
-def test_backgrounds_in_pieces_of_samples(
-    curved: ox.Model, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at_once", [1, 3, 5])
+def test_backgrounds_in_pieces(
+    at_once: int, curved: ox.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Five rows in runs of so many, for pieces of five samples."""
     from onnxplain.perturb import graph_game
 
-    m = model(HEAD + CURVED, {"w": W, "v": V}, memory_limit=1)
-    want = ox.ShapleyValues(curved).attribute(X, ox.Background(B), target=0)
+    options = {"baselines": ox.Background(B), "target": 0}
+    want = ox.ShapleyValues(curved).attribute(X, **options)
     monkeypatch.setattr(graph_game, "_PIECE", 5)
-    got = ox.ShapleyValues(m).attribute(X, ox.Background(B), target=0)
+    monkeypatch.setattr(graph_game.Graph, "backgrounds_at_once", lambda *_: at_once)
+    got = ox.ShapleyValues(curved).attribute(X, **options)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -1001,13 +1012,31 @@ def test_seeds(linear: ox.Model) -> None:
         ("Lime", {"tolerance": -0.1}, "tolerance"),
         ("KernelShap", {"tolerance": float("nan")}, "tolerance"),
         ("ShapleyValueSampling", {"tolerance": "low"}, "tolerance"),
-        ("ShapleyValueSampling", {"n_samples": 1, "return_standard_error": True}, "too few"),
-        ("Lime", {"n_samples": 19, "return_standard_error": True}, "too few"),
     ],
 )
 def test_refusals(method: str, options: dict[str, Any], says: str, linear: ox.Model) -> None:
     with pytest.raises(ox.InputError, match=says):
         attribute(method, linear, X, **{"target": 0, **options})
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ShapleyValueSampling", {"n_samples": 1}),
+        ("Lime", {"n_samples": 19}),
+        ("KernelShap", {"n_samples": 6}),
+        ("KernelShap", {"n_samples": 6, "return_input_shape": False}),
+    ],
+)
+def test_too_few_samples_for_standard_errors(
+    method: str, options: dict[str, Any], linear: ox.Model
+) -> None:
+    with pytest.warns(UserWarning, match="too few samples"):
+        got, error = attribute(
+            method, linear, X, target=0, seed=0, return_standard_error=True, **options
+        )
+    assert np.isfinite(got).all()
+    assert error.shape == X.shape and np.isnan(error).all()
 
 
 def test_more_refusals(linear: ox.Model) -> None:

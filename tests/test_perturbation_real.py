@@ -178,6 +178,17 @@ def test_any_number_of_threads(method: str, threads: Callable[[int], None]) -> N
     np.testing.assert_array_equal(*found)
 
 
+@pytest.mark.parametrize("method", ["Occlusion", "KernelShap", "ShapleyValueSampling"])
+def test_any_number_of_threads_of_the_runtime(method: str) -> None:
+    found = []
+    for count in (1, 2):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = count
+        model = ox.Model(shared(SHAPES), session_options=options)
+        found.append(attribute(method, model, drawings()))
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5 * np.abs(found[0]).max())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_any_size_of_chunk(method: str) -> None:
     """Of samples and of examples; a convolution rounds otherwise in other batches."""

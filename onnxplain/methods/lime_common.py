@@ -32,6 +32,7 @@ from onnxplain.perturb.engine import check_tolerance, games, rounds
 from onnxplain.perturb.features import Features
 from onnxplain.perturb.forms import Coalitions
 from onnxplain.perturb.game import Off, Play, Tick
+from onnxplain.perturb.surrogates import r_squared
 from onnxplain.run.feeds import Feeds, all_finite
 
 PAPER = (
@@ -52,8 +53,6 @@ EVERY = object()
 _FEW = 6
 # A column is a combination of others where this share of its square at most is left.
 _COLLINEAR = 1e-10
-# What values differ by, as a share of their size, though they are the same.
-_ROUNDING = 1e-14
 
 
 # ---- weighted least squares --------------------------------------------------------------------
@@ -113,14 +112,6 @@ def _centered(
     centered = samples - mean
     centered *= root[:, None]
     return centered, (values - level) * root, mean, level
-
-
-def r_squared(values: np.ndarray, fitted: np.ndarray, weights: np.ndarray) -> float:
-    """The weighted R²; of values that are all the same 1 where they are met, else 0."""
-    missed = float(np.sum(weights * (values - fitted) ** 2))
-    spread = float(np.sum(weights * (values - np.average(values, weights=weights)) ** 2))
-    rounding = float(np.sum(weights * (_ROUNDING * values) ** 2))
-    return 1 - missed / spread if spread > rounding else float(missed <= rounding)
 
 
 def select(

@@ -6,10 +6,12 @@ explained alike.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,7 +39,7 @@ Baselines = Any
 "noise", "inpaint", "segment-mean"), or ``Background(rows)``, over which scores are averaged."""
 
 NO_EXAMPLE = "there is no example to explain: the inputs have no rows"
-TOO_FEW = "there are too few samples for a standard error: take more (n_samples)"
+TOO_FEW = "there are too few samples for standard errors, which are NaN: take more (n_samples)"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class PerturbationAttribution(Attribution):
 
     needs: ClassVar[tuple[str, ...]] = ()
     multiplies_by_inputs = True
+    around: ClassVar[bool] = False
+    """Whether its maps are told by what differs from place to place, not by their sizes."""
     every_output: ClassVar[bool] = False
     """Whether target None explains every output value, where there are several."""
 
@@ -112,9 +116,19 @@ class PerturbationAttribution(Attribution):
         answer = self._said(question, found)
         if not return_standard_error:
             return answer.result
-        if answer.standard_errors is None:
-            raise InputError(TOO_FEW)
-        return answer.result, answer.standard_errors
+        return answer.result, self._known(answer.standard_errors, answer.result)
+
+    @staticmethod
+    def _known(errors: Any, result: Any) -> Any:
+        """Standard errors; NaN, with a warning, where samples are too few to tell."""
+        if errors is not None:
+            return errors
+        warnings.warn(TOO_FEW, stacklevel=5)
+        if isinstance(result, Mapping):
+            return {k: np.full_like(v, np.nan) for k, v in result.items()}
+        if isinstance(result, tuple | list):
+            return type(result)(np.full_like(v, np.nan) for v in result)
+        return np.full_like(result, np.nan)
 
     def answer(self, **arguments: Any) -> Answer:
         """Attributions, figures that tell how far to trust them, standard errors."""
@@ -138,13 +152,7 @@ class PerturbationAttribution(Attribution):
         errors = None
         if found.errors:
             errors = question.in_form(self._shaped(question, found.errors))
-            parts = [
-                np.nan_to_num(np.abs(a)).reshape(len(a), -1).sum(axis=1)
-                for a in (*found.errors, *found.values)
-            ]
-            n = len(found.errors)
-            size = np.maximum(np.sum(parts[n:], axis=0), np.finfo(np.float32).tiny)
-            figures["standard_error"] = np.sum(parts[:n], axis=0) / size
+            figures["standard_error"] = engine.relative(found.values, found.errors, self.around)
         arrays = self._shaped(question, found.values)
         said = question.in_form if "completed" in figures else question.answer
         features = question.in_form(found.features) if found.features else None
@@ -246,8 +254,10 @@ class PerturbationAttribution(Attribution):
         known = {}
         for value in question.wrt:
             array = question.feeds.arrays.get(value.name or "")
-            shape = self._one_row(value, question.feeds).shape if array is None else array.shape
-            known[value.name or ""] = (count, *shape[1:])
+            rest = (
+                self._trailing(value, question.feeds, False) if array is None else array.shape[1:]
+            )
+            known[value.name or ""] = (count, *rest)
         return known
 
     def _features(
@@ -300,6 +310,32 @@ class PerturbationAttribution(Attribution):
             )
             found[name] = full.astype(dtype)[None]
         return Off(found)
+
+    def _by_layer(self, question: Question, find: Callable[..., Found], **given: Any) -> Found:
+        """What is found of each layer of a list by itself: the others stay what they follow from.
+
+        Args:
+            question: a question about several layers.
+            find: finds the attributions of a question, with the part of ``given`` that is its own.
+            given: by name, what the user gave for each layer (a tuple, a dict, or one for all).
+        """
+        names = [v.name or "" for v in question.wrt]
+        whole: Found | None = None
+        start = 0
+        for size in question.groups or ():
+            part = question.wrt[start : start + size]
+            mine = {k: _part(v, names, start, size, k) for k, v in given.items()}
+            found = find(replace(question, wrt=part, groups=(size,), form="array"), **mine)
+            start += size
+            if whole is None:
+                whole = replace(found, columns=None, column_errors=None)
+            else:
+                whole.values += found.values
+                whole.errors += found.errors
+                completed = [f.figures["completed"] for f in (whole, found)]
+                whole.figures["completed"] = np.minimum(*completed)
+        assert whole is not None
+        return whole
 
     def _evaluated(
         self,
@@ -439,6 +475,15 @@ def progress_bar(name: str, total: int, show: bool) -> Iterator[Callable[[int], 
         yield bar.update
 
 
+def _part(given: Any, names: Sequence[str], start: int, size: int, what: str) -> Any:
+    """What was given for some of the layers."""
+    named, _ = by_name(_spread(given, names), names, what)
+    if not named:
+        return None
+    mine = tuple(named.get(name) for name in names[start : start + size])
+    return mine if size > 1 else mine[0]
+
+
 def _spread(given: Any, names: Sequence[str]) -> Any:
     """One baseline for all sources, where a number was given."""
     if given is None or isinstance(given, Mapping | tuple):
@@ -523,6 +568,15 @@ class FeatureAblation(PerturbationAttribution):
         enable_cross_tensor_attribution: bool = True,
         scores: Scores | None = None,
     ) -> Found:
+        if question.form == "list" and len(question.groups or ()) > 1:
+            shared: dict[str, Any] = {
+                "perturbations_per_eval": perturbations_per_eval,
+                "show_progress": show_progress,
+                "scores": scores,
+            }
+            find = functools.partial(self._find, **shared)
+            return self._by_layer(question, find, baselines=baselines, feature_mask=feature_mask)
+
         def plan(features: Features) -> Plan:
             form = Coalitions(features, distinct=True)
             count = features.count
@@ -739,6 +793,14 @@ class FeaturePermutation(PerturbationAttribution):
                 "feature permutation takes a feature's values from the other examples, and one "
                 "example was given: give two or more"
             )
+        if question.form == "list" and len(question.groups or ()) > 1:
+            shared: dict[str, Any] = {
+                "perturbations_per_eval": perturbations_per_eval,
+                "show_progress": show_progress,
+                "seed": drawn_seed(seed),
+            }
+            find = functools.partial(self._find, **shared)
+            return self._by_layer(question, find, feature_mask=feature_mask)
         across = enable_cross_tensor_attribution
         groups = self._features(question, feature_mask, across=across, together=True)
         base = drawn_seed(seed)

@@ -14,7 +14,6 @@ from onnxplain.errors import EvaluationError, InputError, failing
 from onnxplain.methods.base import Answer, Question
 from onnxplain.methods.noise import positive
 from onnxplain.methods.perturbation import (
-    TOO_FEW,
     Baselines,
     Found,
     PerturbationAttribution,
@@ -506,9 +505,8 @@ class Lime(LimeBase):
         assert found.columns is not None
         if not wants:
             return found.columns[:, 0]
-        if found.column_errors is None:
-            raise InputError(TOO_FEW)
-        return found.columns[:, 0], found.column_errors[:, 0]
+        errors = None if found.column_errors is None else found.column_errors[:, 0]
+        return found.columns[:, 0], self._known(errors, found.columns[:, 0])
 
     def _shaped(self, question: Question, arrays: Any) -> list[np.ndarray]:
         return PerturbationAttribution._shaped(self, question, arrays)

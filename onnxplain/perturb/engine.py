@@ -7,7 +7,7 @@ so that an example gets the same numbers in any batch and in chunks of any size.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -210,18 +210,25 @@ def rounds(samples: int, unit: int, tolerance: float | None) -> Iterator[tuple[i
 def relative_error(sums: Aggregator) -> np.ndarray:
     """The standard errors of each example's attributions over their sizes, each summed, [E]."""
     values, errors = sums.result(), sums.standard_error()
-    return relative(values, errors)
-
-
-def relative(values: np.ndarray, errors: np.ndarray | None) -> np.ndarray:
-    """As :func:`relative_error`, of arrays."""
     if errors is None:
         return np.full(len(values), np.inf)
-    size = np.abs(values).reshape(len(values), -1).sum(axis=1)
-    found = errors.reshape(len(errors), -1).sum(axis=1) / np.maximum(
-        size, np.finfo(np.float32).tiny
-    )
-    return np.where(np.isnan(found), np.inf, found)
+    return np.nan_to_num(relative([values], [errors], getattr(sums, "around", False)), nan=np.inf)
+
+
+def relative(
+    values: Sequence[np.ndarray], errors: Sequence[np.ndarray], around: bool = False
+) -> np.ndarray:
+    """As :func:`relative_error`, of arrays [N, ...]; NaN where an error is not known.
+
+    ``around``: maps are told by what differs, so their sizes are those of the gaps to their mean.
+    """
+    size, error = np.zeros(len(values[0])), np.zeros(len(values[0]))
+    for value, spread in zip(values, errors, strict=True):
+        flat, spread = (a.reshape(len(a), -1) for a in (value, spread))
+        mean = flat.mean(axis=1, keepdims=True) if around else 0.0
+        size += np.abs(flat - mean).sum(axis=1)
+        error += spread.sum(axis=1)
+    return np.asarray(error / np.maximum(size, np.finfo(np.float32).tiny))
 
 
 def check_tolerance(tolerance: Any) -> float | None:

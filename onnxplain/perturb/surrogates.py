@@ -11,6 +11,8 @@ import numpy as np
 from onnxplain.errors import EvaluationError
 from onnxplain.perturb.forms import Block
 
+# What values differ by, as a share of their size, though they are the same.
+_ROUNDING = 1e-14
 # Groups that the jackknife leaves out, one at a time.
 _GROUPS = 10
 # A direction whose share of the largest is below this is not determined by the samples.
@@ -81,6 +83,7 @@ class KernelShapFit(_Stored):
         features: how many there are.
         weights: of the samples behind the first two, where these are all coalitions; None where
             they are drawn by their weights.
+        errors: whether standard errors are wanted.
     """
 
     def __init__(self, features: int, weights: np.ndarray | None, errors: bool = True) -> None:
@@ -105,8 +108,10 @@ class KernelShapFit(_Stored):
             change, errors, left, rank = solve(inner, share, weights)
             missed = weights @ left**2
             all_of_it = weights @ (inner - np.average(inner, axis=0, weights=weights)) ** 2
+            rounding = weights @ (_ROUNDING * v[2:]) ** 2
             with np.errstate(invalid="ignore", divide="ignore"):
-                missed = np.where(all_of_it > 0, missed / all_of_it, missed > 0)
+                same = all_of_it <= rounding
+                missed = np.where(same, missed > rounding, missed / all_of_it)
         values = share + change
         if self._features == 1 or (self._weights is not None and rows == len(self._weights)):
             errors = np.zeros_like(values)
@@ -309,7 +314,8 @@ class Fit(_Stored):
 
 
 def r_squared(values: np.ndarray, fitted: np.ndarray, weights: np.ndarray) -> float:
-    """The weighted coefficient of determination; of constant values 1 where met, else 0."""
+    """The weighted R²; of values that are all the same 1 where they are met, else 0."""
     missed = float(np.sum(weights * (values - fitted) ** 2))
     spread = float(np.sum(weights * (values - np.average(values, weights=weights)) ** 2))
-    return 1 - missed / spread if spread else float(not missed)
+    rounding = float(np.sum(weights * (_ROUNDING * values) ** 2))
+    return 1 - missed / spread if spread > rounding else float(missed <= rounding)

@@ -54,6 +54,7 @@ class Program:
         self.settings = settings
         self.batch = batch
         self._session: Session | None = None
+        self._told = False
         self._costs: dict[Any, _Cost] = {}
 
     @property
@@ -84,7 +85,8 @@ class Program:
         cost = self._cost(row, shared)
         limit = self.settings.memory_limit
         room = float(memory.budget(limit))
-        if limit is not None and room < cost.row + cost.fixed:
+        if limit is not None and room < cost.row + cost.fixed and not self._told:
+            self._told = True
             log.warning(
                 "memory_limit leaves %.0f MB, but one row takes about %.0f MB: going on row by row,"
                 " beyond the limit",

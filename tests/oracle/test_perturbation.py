@@ -407,6 +407,76 @@ def to_numpy(given: Any) -> Any:
     return given.numpy() if isinstance(given, Tensor) else given
 
 
+COALITIONS = np.random.default_rng(3).integers(0, 2, (40, 1, 8))
+
+
+def similarity(original: Any, perturbed: Any, sample: Any, **options: Any) -> Any:
+    return 1 / (1 + options["scale"] * ((original - perturbed) ** 2).sum())
+
+
+def off(sample: Any, original: Any, **options: Any) -> Any:
+    """What an interpretable sample stands for, on tensors and on arrays."""
+    return original * sample + options["scale"] * (1 - sample)
+
+
+def same_place(perturbed: Any, original: Any, **options: Any) -> Any:
+    """The interpretable sample of an input."""
+    return (perturbed == original) * 1.0
+
+
+@pytest.mark.parametrize("generator", [True, False])
+@pytest.mark.parametrize("interpretable", [True, False])
+def test_lime_base_with_functions(interpretable: bool, generator: bool) -> None:
+    """Samples of the interpretable space, or of the input space; one at a time, or generated."""
+    both = network("mlp")
+    x = both.xs[0][:1]
+
+    def functions(wrap: Any) -> tuple[Any, ...]:
+        rows = iter(COALITIONS)
+
+        def one(original: Any, **options: Any) -> Any:
+            sample = wrap(next(rows))
+            return sample if interpretable else off(sample, original, **options)
+
+        def every(original: Any, **options: Any) -> Iterator[Any]:
+            for _ in COALITIONS:
+                yield one(original, **options)
+
+        return similarity, every if generator else one, interpretable, off, same_place
+
+    ours, theirs = surrogates()["ridge"]
+    options = {"target": 3, "n_samples": len(COALITIONS), "scale": 0.3}
+    got = ox.LimeBase(both.model, ours, *functions(np.asarray)).attribute(x.numpy(), **options)
+    with in_double():
+        want = ca.LimeBase(both.net, theirs, *functions(torch.from_numpy)).attribute(x, **options)
+    np.testing.assert_allclose(got, want.numpy().reshape(1, -1), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:You are providing multiple")
+def test_lime_with_functions() -> None:
+    """Its own samples and similarity, for several examples, each with its mask."""
+    both = network("mlp")
+    x, mask = both.xs[0], torch.tensor([[0, 0, 1, 1, 2, 2, 3, 4], [4, 3, 2, 1, 0, 0, 0, 0]] * 2)[:3]
+    drawn_rows = COALITIONS[:, 0, :5]
+
+    def numpy_samples(original: Any, **options: Any) -> Iterator[np.ndarray]:
+        assert options["num_interp_features"] == 5
+        yield from drawn_rows[:, None]
+
+    def weight(original: Any, perturbed: Any, sample: Any, **options: Any) -> Any:
+        return 1 / (1 + ((original - perturbed) ** 2).sum()) + sample.sum() * 0.1
+
+    ours, theirs = surrogates()["linear"]
+    options = {"target": [3, 1, 4], "n_samples": 30}
+    got = ox.Lime(both.model, ours, weight, numpy_samples).attribute(
+        x.numpy(), feature_mask=mask.numpy(), **options
+    )
+    with in_double():
+        captums = ca.Lime(both.net, theirs, weight, replay(drawn_rows))
+        want = captums.attribute(x, feature_mask=mask, **options)
+    same(got, want.numpy(), 1e-6, kinks=False)
+
+
 @pytest.mark.parametrize(
     ("method", "name"),
     [
