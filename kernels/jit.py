@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar, cast
+from types import FunctionType
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
-from numba import get_num_threads, njit, set_num_threads
+from numba import njit
 
 from . import LOCK
 
@@ -17,6 +19,8 @@ R = TypeVar("R")
 
 # Elements of all arrays up to which a kernel runs in one thread.
 _SMALL = 1 << 16
+# The process that numba's threads belong to, once there are some.
+_threads_of: dict[str, int] = {}
 
 _log = logging.getLogger(__name__)
 
@@ -35,23 +39,30 @@ def parallel(function: Callable[P, R]) -> Callable[P, R]:
     """The same, with ``prange`` over threads, one such kernel at a time.
 
     Small arrays get one thread: what a second one saves there is less than the wait for it, and
-    where others use the processor (the model does), a wait can take milliseconds.
+    where others use the processor (the model does), a wait can take milliseconds. So does a process
+    forked from one with threads: they are not there, and OpenMP ends it.
     """
-    compiled = kernel(function, parallel=True)
+    threaded, alone = kernel(function, parallel=True), kernel(_renamed(function))
 
     @wraps(function)
-    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+    def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
+        small = sum(a.size for a in args if isinstance(a, np.ndarray)) <= _SMALL
+        if small or _threads_of.setdefault("process", os.getpid()) != os.getpid():
+            return alone(*args, **kwargs)
         with LOCK:
-            if sum(a.size for a in args if isinstance(a, np.ndarray)) > _SMALL:
-                return compiled(*args, **kwargs)
-            threads = get_num_threads()
-            set_num_threads(1)
-            try:
-                return compiled(*args, **kwargs)
-            finally:
-                set_num_threads(threads)
+            return threaded(*args, **kwargs)
 
-    return locked
+    return chosen
+
+
+def _renamed(function: Callable[P, R]) -> Callable[P, R]:
+    """A copy with a name, and so a place in numba's cache, of its own."""
+    made: Any = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__
+    )
+    made.__qualname__ = f"{function.__qualname__}_alone"
+    made.__module__ = function.__module__
+    return cast("Callable[P, R]", made)
 
 
 def inlined(function: Callable[P, R]) -> Callable[P, R]:

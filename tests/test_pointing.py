@@ -23,13 +23,21 @@ SIZE, FINE = 64, 7
 MARGIN = 4
 CIRCLE, TRIANGLE = 0, 1
 
+# Segments: squares of 8 x 8 pixels.
+SQUARES = np.add.outer(np.arange(SIZE) // 8 * 8, np.arange(SIZE) // 8)[None]
+
 # By method: what it explains ("output": log-probabilities; "24": the logits before), and options.
 # The model was trained on shapes in the middle: most masks leave it as sure of a triangle as of one
-# that it sees whole, so RISE weighs by scores without the sigmoid.
+# that it sees whole, so RISE weighs by scores without the sigmoid, and most explain the logits.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "rise": ("output", {"num_masks": 500, "p": 0.3, "activation": "none"}),
     "score-cam": ("output", {"layer": "13"}),
     "ablation-cam": ("24", {"layer": "13"}),
+    "occlusion": ("24", {"sliding_window_shapes": (1, 8, 8), "strides": (1, 4, 4)}),
+    "feature-ablation": ("24", {"feature_mask": SQUARES}),
+    "kernel-shap": ("24", {"feature_mask": SQUARES, "n_samples": 200}),
+    "lime": ("24", {"feature_mask": SQUARES, "n_samples": 400}),
+    "shapley-value-sampling": ("24", {"feature_mask": SQUARES, "n_samples": 3}),
 }
 
 
@@ -64,10 +72,14 @@ def drawings(count: int = 100) -> np.ndarray:
 
 
 def distances(attributions: np.ndarray) -> np.ndarray:
-    """How far from the shape each example's largest attribution is, in pixels, [N]."""
-    off = np.stack([distance_transform_edt(image < 0.5) for image in drawings()[:, 0]])
-    top = attributions.sum(axis=1).reshape(len(off), -1).argmax(axis=1)
-    return off.reshape(len(off), -1)[np.arange(len(off)), top]
+    """How far from the shape each example's largest attribution is, in pixels, [N].
+
+    Where several pixels have it, which are those of a segment, the nearest counts.
+    """
+    found = []
+    for image, values in zip(drawings()[:, 0], attributions.sum(axis=1), strict=True):
+        found.append(distance_transform_edt(image < 0.5)[values == values.max()].min())
+    return np.array(found)
 
 
 def kinds() -> np.ndarray:

@@ -32,7 +32,7 @@ from onnxplain.perturb.features import Features, features_of
 from onnxplain.perturb.forms import Block, Coalitions, Form, Sampler, Whole, Windows
 from onnxplain.perturb.game import Game, Given, Off, Permuted, Play, Scores
 from onnxplain.perturb.windows import sliding_windows
-from onnxplain.run.feeds import Arrays, by_name
+from onnxplain.run.feeds import Arrays, as_dtype, by_name
 
 Baselines = Any
 """None (zeros), a number, an array, a tuple or dict of these, the name of a masker ("blur", "mean",
@@ -293,11 +293,9 @@ class PerturbationAttribution(Attribution):
         named, _ = by_name(_spread(given, list(shapes)), list(shapes), "layer_baselines")
         found = {}
         for value in question.wrt:
-            name, dtype = value.name or "", value.dtype.numpy() if value.dtype else np.float32
+            name, shape = value.name or "", shapes[value.name or ""]
             array = np.asarray(0 if named.get(name) is None else named[name])
-            shape = shapes[name]
-            if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
-                raise InputError(f"layer_baselines of '{name}': give finite numbers")
+            array = as_dtype(value, array, f"layer_baselines of '{name}'")
             if array.ndim and array.shape not in (shape, (1, *shape[1:]), shape[1:]):
                 raise InputError(
                     f"layer_baselines of '{name}': shape {list(array.shape)} was given for a layer "
@@ -308,7 +306,7 @@ class PerturbationAttribution(Attribution):
             full = np.broadcast_to(
                 array.reshape(array.shape or (1,) * len(shape)), (rows, *shape[1:])
             )
-            found[name] = full.astype(dtype)[None]
+            found[name] = full[None]
         return Off(found)
 
     def _by_layer(self, question: Question, find: Callable[..., Found], **given: Any) -> Found:
@@ -642,8 +640,9 @@ class LayerFeatureAblation(FeatureAblation):
         """Explain examples by a layer.
 
         ``layer_baselines`` and ``layer_mask`` are those of :meth:`FeatureAblation.attribute`, for
-        the layer's values; ``attribute_to_layer_input``: explain by what enters the layer. Other
-        arguments and errors as there.
+        the layer's values (of a quantized layer its stored integers: name the DequantizeLinear
+        behind it for real units); ``attribute_to_layer_input``: explain by what enters the layer.
+        Other arguments and errors as there.
 
         Returns:
             An array of the layer's shape; a tuple where several values leave the scope; a list for

@@ -6,9 +6,11 @@ so that an example gets the same numbers in any batch and in chunks of any size.
 
 from __future__ import annotations
 
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -154,8 +156,9 @@ def run(
             done = 0
             for start, stop in rounds(samples, unit, tolerance):
                 for piece, block, scores in game.stream(sampler, start, stop):
-                    sums.add(piece, block, scores)
-                    done, current = piece.stop, (index, sums)
+                    with _uninterrupted():
+                        sums.add(piece, block, scores)
+                        done, current = piece.stop, (index, sums)
                 ended = np.full(len(index), stop == samples)
                 if tolerance is not None:
                     ended |= relative_error(sums) <= tolerance
@@ -196,6 +199,26 @@ def warn_interrupted(complete: int, count: int, more: str = "") -> None:
         IncompleteWarning,
         stacklevel=3,
     )
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until a sum is complete: half of it would be a wrong number."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[Any] = []
+    try:
+        before = signal.signal(signal.SIGINT, lambda *told: came.append(told))
+    except ValueError:  # not the main interpreter
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(*came[0])
 
 
 def rounds(samples: int, unit: int, tolerance: float | None) -> Iterator[tuple[int, int]]:

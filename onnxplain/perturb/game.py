@@ -6,6 +6,7 @@ Equal coalitions are evaluated once; the next samples are made while the model r
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -247,6 +248,10 @@ class _Seen:
 @functools.cache
 def _worker() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "onnxplain-samples")
+
+
+if hasattr(os, "register_at_fork"):  # threads don't live on in a child process
+    os.register_at_fork(after_in_child=_worker.cache_clear)
 
 
 class _Ahead:

@@ -93,7 +93,8 @@ class KernelShapFit(_Stored):
     def _fit(self) -> _Solved:
         scores = self._all_scores()
         outputs, rows = scores.shape[1:], len(scores) - 2
-        if rows < 0:
+        # The first of all coalitions, in order, are no fair sample of them.
+        if rows < 0 or (self._weights is not None and rows < len(self._weights)):
             unknown = np.full((*outputs, self._features), np.nan)
             return _Solved(unknown, None, np.full(outputs[0], np.nan), True)
         v = scores.reshape(len(scores), -1)

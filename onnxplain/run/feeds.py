@@ -145,7 +145,7 @@ def check_array(
         raise InputError(
             f"{where}: can't be made an array ({error}); pass a numpy array"
         ) from error
-    array = _as_dtype(value, array, where)
+    array = as_dtype(value, array, where)
     if info.shape is None:
         return array
     wanted: list[Dim] = list(info.shape)
@@ -170,7 +170,8 @@ def all_finite(array: np.ndarray) -> bool:
         return bool(np.isfinite(array.sum())) or bool(np.isfinite(array).all())
 
 
-def _as_dtype(value: ir.Value, array: np.ndarray, where: str) -> np.ndarray:
+def as_dtype(value: ir.Value, array: np.ndarray, where: str) -> np.ndarray:
+    """An array of the dtype of a value; refuses what that can't hold."""
     assert value.dtype is not None
     wanted = value.dtype.numpy()
     kind = "string" if value.dtype == ir.DataType.STRING else wanted.kind
