@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     scale = replace(QUICK if given.quick else Scale(), exporter=given.exporter)
     if given.rounds:
-        scale = replace(scale, rounds=given.rounds, long_rounds=given.rounds)
+        counts = dict.fromkeys(("rounds", "long_rounds", "perturb_rounds"), given.rounds)
+        scale = replace(scale, **counts)
     chosen = {k: v for k, v in units(scale).items() if fnmatch.fnmatchcase(k, given.only)}
     if not chosen:
         parser.error(f"--only {given.only!r} matches none of: {', '.join(units(scale))}")

@@ -69,7 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "shapley-value-sampling": {**_SEGMENTS, **_GRAY, "n_samples": 10},
     "lime": {**_SEGMENTS, **_GRAY, "n_samples": 500, "interpretable_model": "ridge"},
     "kernel-shap": {**_SEGMENTS, **_GRAY, "n_samples": 500},
-    "rise": {"num_masks": 1000, **_GRAY},
+    "rise": {"num_masks": 1000, "activation": "none", "centered": True, **_GRAY},
     "lime-image": {"num_samples": 500},
     "lrp": {"rules": "epsilon-alpha2-beta1-flat"},
     "layer-lrp": {"rules": "epsilon-plus"},

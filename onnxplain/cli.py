@@ -44,16 +44,19 @@ _IN_PYTHON = {
     "ox.methods() lists": "'onnxplain methods' lists",
     "neuron_selector": "--neuron",
     "(baselines=)": "(--baseline FILE)",
-    "(feature_mask)": "(--segments, --option feature_mask=FILE.npy)",
-    "a feature_mask": "--segments or --option feature_mask=FILE.npy, with",
+    "(feature_mask)": "(--option feature_mask=FILE.npy; of pictures: --segments)",
+    "a feature_mask": "--option feature_mask=FILE.npy (of pictures: --segments)",
+    "as training_data, or in baselines=": "with --baseline FILE.csv",
+    ", and strings with LimeText.explain_instance": "",
     "(segmentation='slic')": "(--segments slic)",
     "(segmentation('quickshift', kernel_size=1))": "(--segments grid:7)",
-    "(n_steps)": "(--option n_steps=200)",
-    "(n_samples)": "(--option n_samples=50)",
-    "(nt_samples)": "(--option nt_samples=50)",
+    "(n_samples)": "(--option n_samples=NUMBER)",
+    "(centered=True)": "(--option centered=true)",
     "(ignore_negative=True)": "(--option ignore_negative=true)",
     "(activations='all' takes": "(--option activations=all takes",
 }
+# Where they advise to take more.
+_NUMBERED = r"(?<!--option )\b(n_steps|n_samples|nt_samples|num_samples|num_masks)=(?=\d)"
 
 
 class _Commands(click.Group):
@@ -81,7 +84,7 @@ def _refuse(message: str) -> None:
 def _in_flags(message: str) -> str:
     for python, flag in _IN_PYTHON.items():
         message = message.replace(python, flag)
-    return message
+    return re.sub(_NUMBERED, r"--option \g<0>", message)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -409,8 +412,9 @@ def methods(name: str | None, as_json: bool) -> None:
         f"--option {key}={'...  (needed)' if key in info.required else _typed(value)}"
         + (f"  (one of {', '.join(info.choices[key])})" if key in info.choices else "")
         for key, value in info.options.items()
-        if not re.search("Callable|Transform", info.annotations[key])  # for Python alone
+        if not _in_python_alone(info, key)
     ]
+    typed += [f"{flag}  (as {key})" for key, flag in _ELSEWHERE.items() if key in info.options]
     rows += [("" if i else "defaults", option) for i, option in enumerate(typed)]
     click.echo(_columns(row for row in rows if row[1]))
 
@@ -583,6 +587,13 @@ def _grouping(
     from .inputs import default_windows, load_segmentation
     from .methods import LimeBase
 
+    if "centered" in info.options:  # of a network's scores, RISE's own way shows little else
+        told = {"centered": True, "activation": "none"}
+        told = {k: v for k, v in told.items() if k not in chosen}
+        typed = [f"--option {k}={str(v).lower()}" for k, v in told.items()]
+        if typed:
+            click.echo(f"weights: {' '.join(typed)}", err=True)
+        return told
     if "sliding_window_shapes" in info.options:
         if chosen.keys() & {"sliding_window_shapes", "strides"}:
             return {}
@@ -593,10 +604,11 @@ def _grouping(
         return told
     if segments is not None and "segmentation" in info.options:
         return {"segmentation": load_segmentation(segments)}
-    if "feature_mask" not in info.options or "feature_mask" in chosen:
+    if "feature_mask" in chosen:
         return {}
     made, count = _masked(info, sample, explained, segments)
-    if issubclass(info.cls, LimeBase) and "n_samples" not in chosen:
+    few = "feature_mask" in info.options or count <= _FEW_PIXELS
+    if issubclass(info.cls, LimeBase) and "n_samples" not in chosen and few:
         enough = _SAMPLES * count
         if enough > info.options["n_samples"]:
             click.echo(f"{count} features: --option n_samples={enough}", err=True)
@@ -615,7 +627,9 @@ def _masked(
     name, kind = str(sample.display.input_name), sample.display.kind
     size = sample.arrays[name][0].size
     mask = None
-    if kind == "text" and segments is None:
+    if "feature_mask" not in info.options:
+        pass
+    elif kind == "text" and segments is None:
         mask = token_features(sample)
     elif segments != "none" and (
         segments or (kind == "image" and size > _FEW_PIXELS and name in explained)
@@ -663,7 +677,12 @@ def _method_options(given: Sequence[str], info: Any) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals or key not in known:
             problem = f"there is no option {key!r}" if equals else f"{pair!r} is not KEY=VALUE"
-            raise click.UsageError(f"{problem}; this method has {', '.join(known) or 'none'}")
+            typed = ", ".join(k for k in known if not _in_python_alone(info, k))
+            raise click.UsageError(f"{problem}; this method has {typed or 'none'}")
+        if key in _ELSEWHERE:
+            raise click.UsageError(f"--option {key}: give {_ELSEWHERE[key]} instead")
+        if _in_python_alone(info, key):
+            raise click.UsageError(f"--option {key}: it can't be typed, only given in Python")
         found[key] = _option_value(key, text, _option_types(info, key))
     return found
 
@@ -678,6 +697,12 @@ _TYPES: dict[str, tuple[type, str]] = {
     "None": (type(None), "none"),
 }
 _FILES = (".npy", ".npz", ".csv")
+_ELSEWHERE = {"training_data": "--baseline FILE.csv"}
+
+
+def _in_python_alone(info: Any, key: str) -> bool:
+    """Whether an option takes nothing that can be typed, such as a function."""
+    return key in _ELSEWHERE or _option_types(info, key) == ["None"]
 
 
 def _option_types(info: Any, key: str) -> list[str]:
@@ -685,7 +710,7 @@ def _option_types(info: Any, key: str) -> list[str]:
     outer, inner = info.annotations[key], ""
     while outer != inner:  # what is in brackets are the types of elements
         outer, inner = re.sub(r"\[[^][]*\]", "", outer), outer
-    return [] if "Any" in outer else re.findall(rf"\b({'|'.join(_TYPES)})\b", outer)
+    return [] if re.search("Any|^np.ndarray", outer) else re.findall(rf"\b({'|'.join(_TYPES)})\b", outer)
 
 
 def _option_value(key: str, text: str, types: Sequence[str]) -> Any:
@@ -707,9 +732,12 @@ def _option_value(key: str, text: str, types: Sequence[str]) -> Any:
             value = np.array(value)
         except ValueError:
             raise click.UsageError(f"--option {key}={text}: rows must be of equal length") from None
-    if "str" in types and type(value) not in [_TYPES[name][0] for name in types]:
+    taken = [_TYPES[name][0] for name in types]
+    if tuple in taken and type(value) in (int, float) and type(value) not in taken:
+        value = (value,)
+    if "str" in types and type(value) not in taken:
         value = text
-    if types and type(value) not in [_TYPES[name][0] for name in types]:
+    if types and type(value) not in taken:
         wanted = " or ".join(dict.fromkeys(_TYPES[name][1] for name in types))
         raise click.UsageError(f"--option {key}={text}: must be {wanted}")
     return value
@@ -762,7 +790,7 @@ def _deliver(
 ) -> None:
     from . import view
 
-    shown = [i for i in range(len(explanation)) if view.common.completed(explanation, i) > 0]
+    shown = [i for i in range(len(explanation)) if view.common.known(explanation, i)]
     if output is not None:
         for example in shown:
             number = f"-{example + 1}" if len(explanation) > 1 else ""
@@ -777,9 +805,8 @@ def _deliver(
         click.echo(view.terminal(explanation, example))
     if "completed" in explanation.checks:
         kept = ", ".join(str(path) for path in (output, save) if path is not None)
-        click.echo(
-            f"interrupted: what was computed is {f'in {kept}' if kept else 'above'}", err=True
-        )
+        where = f"what was computed is {f'in {kept}' if kept else 'above'}"
+        click.echo(f"interrupted: {where if shown else 'no attribution is known yet'}", err=True)
         click.get_current_context().exit(_INTERRUPTED)
 
 

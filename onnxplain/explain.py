@@ -35,6 +35,9 @@ POOR_COMPLETENESS = 0.5
 POOR_FIT = 0.5
 # Up to this share, no more steps are taken.
 GOOD_DELTA = 0.01
+# How many times the steps to advise, and the samples, where it can't be told from their error.
+_MORE = 4
+_SAMPLES = ("n_samples", "nt_samples", "num_masks", "num_samples")
 # Shares above this are of next to nothing: how many times does not matter.
 _TOO_MUCH = 100
 # Options of more elements are on record by their shape and digest.
@@ -438,7 +441,6 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model | B
     rows = [a.reshape(len(a), -1) for a in explanation.arrays.values() if a.size]
     finite = [np.isfinite(a).all(axis=1) for a in rows]
     bad = {int(i) for row in finite for i in np.flatnonzero(~row)}  # the method warned of these
-    more = " or ".join(k for k in ("n_samples", "nt_samples", "num_masks") if k in info.options)
     told = {
         "relative_convergence_delta": (
             POOR_DELTA,
@@ -446,14 +448,19 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model | B
             "the model is quantized, and more steps won't help: compare with the model before "
             "quantization, or try another baseline"
             if _rounds(model)
-            else "use more steps (n_steps) or another baseline"
+            else "use more steps ({steps}) or another baseline"
             if "n_steps" in info.options
             else "try another baseline, or a method that takes steps (integrated-gradients)",
         ),
         "standard_error": (
             POOR_STANDARD_ERROR,
             "are means of samples with a standard error of up to",
-            f"take more samples ({more})",
+            "take more samples ({samples})"
+            + (
+                ", or weigh them around their mean (centered=True)"
+                if "centered" in info.options
+                else ""
+            ),
         ),
         "completeness_gap": (
             POOR_COMPLETENESS,
@@ -493,10 +500,21 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model | B
             worst = float(np.nan_to_num(found[poor], nan=np.inf).max())
             much = f"{worst:.0%}" if worst < _TOO_MUCH else f"more than {_TOO_MUCH:.0%}"
             much = "what too few samples can't tell" if np.isnan(found[poor]).any() else much
+            times = (worst / limit) ** 2 if worst < _TOO_MUCH else _MORE
+            advice = advice.format(
+                steps=_more(explanation.options, ("n_steps",), _MORE),
+                samples=_more(explanation.options, _SAMPLES, max(times, 2)),
+            )
             warnings.warn(
                 f"the attributions of {_listed(poor, explanation)} {problem} {much}; {advice}",
                 stacklevel=3,
             )
+
+
+def _more(options: Mapping[str, Any], names: Sequence[str], times: float) -> str:
+    """So many times the steps or samples that were taken, to two digits."""
+    wanted = {name: times * options[name] for name in names if name in options}
+    return " or ".join(f"{k}={int(float(f'{v:.1e}'))}" for k, v in wanted.items())
 
 
 def _listed(examples: list[int], explanation: Explanation) -> str:

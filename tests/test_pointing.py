@@ -28,9 +28,9 @@ SQUARES = np.add.outer(np.arange(SIZE) // 8 * 8, np.arange(SIZE) // 8)[None]
 
 # By method: what it explains ("output": log-probabilities; "24": the logits before), and options.
 # The model was trained on shapes in the middle: most masks leave it as sure of a triangle as of one
-# that it sees whole, so RISE weighs by scores without the sigmoid, and most explain the logits.
+# that it sees whole, so RISE weighs by scores around their mean, and most explain the logits.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "rise": ("output", {"num_masks": 500, "p": 0.3, "activation": "none"}),
+    "rise": ("output", {"num_masks": 500, "centered": True}),
     "score-cam": ("output", {"layer": "13"}),
     "ablation-cam": ("24", {"layer": "13"}),
     "occlusion": ("24", {"sliding_window_shapes": (1, 8, 8), "strides": (1, 4, 4)}),

@@ -516,8 +516,8 @@ class LimeTabular(LimeAttribution):
         """The training data, where there are some and samples can be drawn so."""
         if training is None:
             raise InputError(
-                "there is no training data to draw samples from: give its rows as training_data to "
-                "LimeTabular, or to attribute (baselines=)"
+                "there is no training data to draw samples from: give its rows as training_data, "
+                "or in baselines="
             )
         if self.feature_names is not None and len(self.feature_names) != training.width:
             raise InputError(

@@ -317,8 +317,8 @@ class LimeText(LimeAttribution):
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise InputError(
                 f"'{name}' holds {tokens.dtype} {list(tokens.shape)} for one example, not a row of "
-                "token numbers: explain texts with explain_instance, images with lime-image, "
-                "tables with lime-tabular"
+                "token numbers: explain images with lime-image, tables with lime-tabular, and "
+                "strings with LimeText.explain_instance"
             )
         given = named_baselines(self.model, question.feeds, options["baselines"])[name]
         off = given[example if len(given) > 1 else 0]

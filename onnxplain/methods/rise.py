@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxplain.blackbox import BlackBox
 from onnxplain.errors import EvaluationError, InputError
 from onnxplain.graph.emit import is_float
-from onnxplain.methods.base import Question
+from onnxplain.methods.base import Question, flag
 from onnxplain.methods.interpolate import MODES, check_mode, interpolate
 from onnxplain.methods.noise import positive
 from onnxplain.methods.perturbation import (
@@ -42,6 +42,10 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 """What is made of scores before they weigh masks."""
 
 
+# Masks whose mean score is taken for the usual one.
+_PILOT = 64
+
+
 class RISE(PerturbationAttribution):
     """The mean of random masks, each weighted by the score of the input under it.
 
@@ -66,8 +70,9 @@ class RISE(PerturbationAttribution):
     title = "RISE"
     paper = "Petsiuk et al. 2018, arXiv:1806.07421"
     needs = ("random",)
-    check = "standard_error: of the map, as a share of its size"
+    check = "standard_error: of the map, as a share of what differs from its mean"
     every_output = True
+    around = True
     choices: ClassVar = {"resize_mode": tuple(MODES), "activation": tuple(ACTIVATIONS)}
 
     def attribute(
@@ -86,6 +91,7 @@ class RISE(PerturbationAttribution):
         *,
         baselines: Baselines = None,
         activation: str = "sigmoid",
+        centered: bool = False,
         seed: int | None = None,
         tolerance: float | None = None,
         return_standard_error: bool = False,
@@ -108,6 +114,10 @@ class RISE(PerturbationAttribution):
             resize_mode: "bilinear", "bicubic", "nearest" or "area"; "linear" for series.
             activation: "sigmoid" as TorchRay, or "none": scores weigh masks as they are. Where
                 nearly all masks leave a sigmoid or probability near 1, "none" tells more.
+            centered: weigh masks by how far their score is from the mean score of the first 64, so
+                that the map shows what more or less than that is kept by, and next to nothing of
+                how often each place happened to be kept: the same map, less a constant, from far
+                fewer masks.
             seed: the masks depend on it alone; None draws one.
             tolerance: stop an example when the standard errors of its map are, summed, at most this
                 share of the map.
@@ -144,6 +154,7 @@ class RISE(PerturbationAttribution):
         resize_mode: str,
         baselines: Baselines,
         activation: str,
+        centered: bool,
         seed: int | None,
         tolerance: float | None,
         show_progress: bool,
@@ -158,6 +169,7 @@ class RISE(PerturbationAttribution):
         if not number or not 0 < p <= 1:
             raise InputError(f"p is a probability above 0 and at most 1, not {p!r}")
         tolerance, base = check_tolerance(tolerance), drawn_seed(seed)
+        pilot = min(_PILOT, count) if flag("centered", centered) else 0
         shapes = self._shapes(question)
         layouts = {
             v.name or "": self._layout(v, shapes[v.name or ""][1:], num_cells, filter_masks is None)
@@ -177,7 +189,7 @@ class RISE(PerturbationAttribution):
 
         def plan(features: Features) -> Plan:
             def means(game: Any) -> MapMeans:
-                return MapMeans(form, ACTIVATIONS[activation], moments)
+                return MapMeans(form, ACTIVATIONS[activation], moments, pilot)
 
             return Plan(form, sampler, count, means, tolerance=tolerance)
 

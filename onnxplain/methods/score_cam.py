@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from onnxplain.errors import EvaluationError, InputError
-from onnxplain.graph.emit import Emitter, dims
+from onnxplain.errors import EvaluationError, InputError, LayerError
+from onnxplain.graph.emit import Emitter, dims, is_float
 from onnxplain.methods.base import Attribution, Question
 from onnxplain.methods.cam import ClassActivationMap, first_component, unit
 from onnxplain.methods.interpolate import aligned, chosen_mode, interpolate
@@ -224,6 +224,11 @@ class AblationCAM(_ChannelMap):
         shape = self._shapes(question)[layer.name or ""]
         assert layer.dtype is not None
         dtype = layer.dtype.numpy()
+        if not is_float(layer):
+            raise LayerError(
+                f"layer '{layer.name}' holds {dtype} values (quantized), below whose least a "
+                "channel can't be taken: name the DequantizeLinear behind it"
+            )
         if ablation_value is None:
             low = least.reshape(-1).astype(np.float64)
             value = np.maximum(np.where(low == 0, 0, low - _BELOW), np.finfo(dtype).min)

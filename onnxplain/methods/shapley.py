@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,8 +23,10 @@ from onnxplain.perturb.features import Features
 from onnxplain.perturb.forms import Block, Coalitions
 from onnxplain.run.feeds import Arrays
 
-# Beyond this, all coalitions are more than any model answers in days.
-_MOST_FEATURES = 30
+# Beyond this, all coalitions take days of any but the smallest model.
+_MOST_FEATURES = 24
+# Above this, it takes long enough to say so before.
+_MANY_FEATURES = 16
 
 
 class ShapleyValues(PerturbationAttribution):
@@ -56,7 +59,7 @@ class ShapleyValues(PerturbationAttribution):
         """Explain examples; arguments and result as :meth:`FeatureAblation.attribute`.
 
         Raises:
-            InputError: more than 30 features, or an argument does not fit; EvaluationError: the
+            InputError: more than 24 features, or an argument does not fit; EvaluationError: the
                 model failed part-way (no attribution is known before all coalitions are).
         """
         return self._call(locals())
@@ -75,8 +78,16 @@ class ShapleyValues(PerturbationAttribution):
             count = features.count
             if count > _MOST_FEATURES:
                 raise InputError(
-                    f"{count} features have 2^{count} coalitions; give a feature_mask with at most "
-                    f"{_MOST_FEATURES} groups, or sample them (shapley-value-sampling, kernel-shap)"
+                    f"{_coalitions(count)}, which would all be evaluated; sample them "
+                    "(shapley-value-sampling, kernel-shap), or give a feature_mask with at most "
+                    f"{_MOST_FEATURES} groups"
+                )
+            if count > _MANY_FEATURES:
+                warnings.warn(
+                    f"{_coalitions(count)}, and all are evaluated for each example; where that "
+                    "takes too long, sample them (shapley-value-sampling, kernel-shap) or give a "
+                    "feature_mask",
+                    stacklevel=2,
                 )
 
             def sampler(piece: slice) -> Block:
@@ -215,6 +226,11 @@ class ShapleyValueSampling(PerturbationAttribution):
             show_progress=show_progress,
             seed=base,
         )
+
+
+def _coalitions(features: int) -> str:
+    number = f" = {1 << features:,}" if features < 64 else ""
+    return f"{features} features have 2^{features}{number} coalitions"
 
 
 def _all(features: int) -> np.ndarray:

@@ -46,8 +46,8 @@ _NEAR, _FAR = 200, 2000
 # Tokens that are no part of the picture (class, distillation, registers): at most one for so many.
 _TOKENS_PER_EXTRA = 4
 _FOR_TABLES = (
-    "this method is for images and series: for tables take integrated-gradients, deep-lift, lrp or "
-    "saliency"
+    "this method is for images and series: for tables take integrated-gradients, deep-lift or "
+    "lrp, and where there is no gradient, kernel-shap"
 )
 
 

@@ -324,10 +324,18 @@ class MapMeans:
         form: a :class:`Grid` or :class:`Masks`.
         activation: makes weights of scores.
         moments: whether standard errors are wanted.
+        pilot: from all weights the mean of the first so many is taken away; 0: nothing is. What
+            masks have in common with each other then weighs next to nothing.
     """
 
-    def __init__(self, form: Grid | Masks, activation: Activation, moments: bool) -> None:
+    around = True
+
+    def __init__(
+        self, form: Grid | Masks, activation: Activation, moments: bool, pilot: int = 0
+    ) -> None:
         self._form, self._activation, self._moments = form, activation, moments
+        self._pilot, self._level = pilot, np.zeros(0)
+        self._waiting: list[tuple[Block, np.ndarray]] = []
         self._sums: list[Sums] = []
         self._which = np.zeros(0, np.int64)
         self._known: list[np.ndarray] | None = None
@@ -339,8 +347,17 @@ class MapMeans:
         if not self._sums:
             self._which, self._outputs = np.arange(weights.shape[1]), scores.shape[2]
             self._sums = self._made(weights.shape[1])
-        for sums in self._sums:
-            sums.add(block, weights, self._which)
+        self._waiting.append((block, weights))
+        if not self._level.size:
+            every = np.concatenate([w for _, w in self._waiting])
+            if len(every) < self._pilot:
+                return
+            some = every[: self._pilot]
+            self._level = some.mean(axis=0) if self._pilot else np.zeros(weights.shape[1])
+        for block, weights in self._waiting:
+            for sums in self._sums:
+                sums.add(block, weights - self._level[self._which], self._which)
+        self._waiting = []
         self.drawn, self._known = piece.stop, None
 
     def _made(self, outputs: int) -> list[Sums]:
@@ -368,7 +385,10 @@ class MapMeans:
 
     def result(self) -> np.ndarray:
         """[E, K, places of all sources]."""
-        return self._means(0)
+        if self.drawn:
+            return self._means(0)
+        places = sum(sums.totals()[0].shape[1] for sums in self._sums)
+        return np.full((len(self._which) // self._outputs, self._outputs, places), np.nan)
 
     def standard_error(self) -> np.ndarray | None:
         """Of the mean, of the same shape; None where it was not wanted or is not known yet."""

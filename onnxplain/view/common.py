@@ -89,7 +89,7 @@ def frame(explanation: Explanation, example: int = 0, name: str | None = None) -
 
     columns = display.kind == "table" and all(array.ndim <= 2 for array in arrays.values())
     names = tuple(arrays) if columns and name is None else (key,)
-    if not completed(explanation, example):
+    if not known(explanation, example):
         raise InputError(
             f"example {example} was not computed, as the computation was interrupted before: "
             "explain it again"
@@ -321,6 +321,13 @@ def _facts(frame: Frame) -> list[str]:
     if (share := completed(explanation, example)) < 1:
         parts.append(f"INCOMPLETE: interrupted after {share:.0%}, what is missing is 0")
     return [printable(part) for part in parts]
+
+
+def known(explanation: Explanation, example: int) -> bool:
+    """Whether an interrupt left anything of an example to show."""
+    return completed(explanation, example) == 1 or any(
+        np.isfinite(explanation.row(name, example)).any() for name in explanation.arrays
+    )
 
 
 def completed(explanation: Explanation, example: int = 0) -> float:

@@ -31,7 +31,7 @@ class Row:
 def figure(frame: Frame, *, top: int = 15) -> Figure:
     """Bars of the `top` largest attributions, 'feature = value', and of the sum of the rest.
 
-    Estimates have whiskers of one standard error.
+    A larger sum is cut, and labelled so, as it would dwarf them. Estimates have whiskers of one standard error.
     """
     rows = ranked(frame, top)
     fig = Figure(figsize=(8, 0.3 * len(rows) + 1.5), dpi=common.DPI, layout="constrained")
@@ -43,9 +43,10 @@ def figure(frame: Frame, *, top: int = 15) -> Figure:
         if frame.errors is not None
         else None
     )
+    limit = _largest(rows, top)
     bars = axes.barh(
         range(len(rows)),
-        amounts,
+        np.clip(amounts, -limit, limit),
         xerr=whiskers,
         color=colors,
         height=0.72,
@@ -53,7 +54,8 @@ def figure(frame: Frame, *, top: int = 15) -> Figure:
     )
     for bar in bars[top:]:  # the sum of the others is no feature
         bar.set_alpha(0.45)
-    axes.bar_label(bars, [row.text for row in rows], padding=3, fontsize=8)
+    texts = [row.text + " (bar cut)" * (abs(row.attribution) > limit) for row in rows]
+    axes.bar_label(bars, texts, padding=3, fontsize=8)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=9, parse_math=False)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
@@ -69,19 +71,25 @@ def figure(frame: Frame, *, top: int = 15) -> Figure:
 
 
 def lines(frame: Frame, color: bool, *, top: int = 15) -> list[str]:
-    """One terminal line a row: name, attribution (± standard error), bar."""
+    """One terminal line a row: name, attribution (± standard error), bar (… where it is cut)."""
     rows = ranked(frame, top)
-    largest = max(abs(row.attribution) for row in rows) or 1.0
+    limit = _largest(rows, top) or 1.0
     width = max(len(row.name) for row in rows)
     shown = [f"{row.attribution:+.3e}" if row.error is None else row.text for row in rows]
     column = max(map(len, shown))
     text = []
     for row, amount in zip(rows, shown, strict=True):
-        bar = "█" * round(24 * abs(row.attribution) / largest)
+        size = abs(row.attribution) / limit
+        bar = "█" * round(24 * min(size, 1)) + "…" * (size > 1)
         if color and bar:
             bar = f"\x1b[{31 if row.attribution > 0 else 34}m{bar}\x1b[0m"
         text.append(f"{row.name:>{width}}  {amount:>{column}}  {bar}".rstrip())
     return text
+
+
+def _largest(rows: list[Row], top: int) -> float:
+    """The longest bar: that of a feature, whatever the others come to."""
+    return max(abs(row.attribution) for row in rows[:top])
 
 
 def ranked(frame: Frame, top: int) -> list[Row]:
