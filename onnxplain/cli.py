@@ -555,7 +555,8 @@ def explain(
 
 
 _GROUPED = {"feature_mask", "segmentation"}
-# Up to so many values of a picture are each a feature, where the user does not say.
+# Up to so many values of a picture are each a feature, where the user does not say; none is for
+# methods in _SEGMENTS.
 _FEW_PIXELS = 256
 _SEGMENTS = {"shapley-values": "grid:3"}  # it takes every subset of them
 _SEGMENTS_OF_OTHERS = "slic:50"
@@ -632,7 +633,9 @@ def _masked(
     elif kind == "text" and segments is None:
         mask = token_features(sample)
     elif segments != "none" and (
-        segments or (kind == "image" and size > _FEW_PIXELS and name in explained)
+        segments
+        or (kind == "image" and name in explained)
+        and (size > _FEW_PIXELS or info.name in _SEGMENTS)
     ):
         how = segments or _SEGMENTS.get(info.name, _SEGMENTS_OF_OTHERS)
         mask = load_segments(how, sample)
@@ -710,7 +713,11 @@ def _option_types(info: Any, key: str) -> list[str]:
     outer, inner = info.annotations[key], ""
     while outer != inner:  # what is in brackets are the types of elements
         outer, inner = re.sub(r"\[[^][]*\]", "", outer), outer
-    return [] if re.search("Any|^np.ndarray", outer) else re.findall(rf"\b({'|'.join(_TYPES)})\b", outer)
+    return (
+        []
+        if re.search("Any|^np.ndarray", outer)
+        else re.findall(rf"\b({'|'.join(_TYPES)})\b", outer)
+    )
 
 
 def _option_value(key: str, text: str, types: Sequence[str]) -> Any:

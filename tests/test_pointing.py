@@ -37,6 +37,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "feature-ablation": ("24", {"feature_mask": SQUARES}),
     "kernel-shap": ("24", {"feature_mask": SQUARES, "n_samples": 200}),
     "lime": ("24", {"feature_mask": SQUARES, "n_samples": 400}),
+    "lime-image": ("24", {"segmentation": SQUARES[0], "hide_color": 0, "num_samples": 200}),
     "shapley-value-sampling": ("24", {"feature_mask": SQUARES, "n_samples": 3}),
 }
 

@@ -70,6 +70,6 @@ def load_baselines(
         file = choice.removeprefix(_BACKGROUND)
         return Background(load_inputs([file], model_inputs, preprocessing).arrays)
     if display.kind != "text" and not Path(choice).suffix and not Path(choice).exists():
-        words = ", ".join(["zero", "a number", *MASKERS, "mask", f"{_BACKGROUND}FILE"])
+        words = ", ".join(["a number", *MASKERS, "mask", f"{_BACKGROUND}FILE"])
         raise InputError(f"--baseline {choice} is no file, and none of {words}")
     return load_inputs([choice], model_inputs, preprocessing).arrays

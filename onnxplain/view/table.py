@@ -31,7 +31,8 @@ class Row:
 def figure(frame: Frame, *, top: int = 15) -> Figure:
     """Bars of the `top` largest attributions, 'feature = value', and of the sum of the rest.
 
-    A larger sum is cut, and labelled so, as it would dwarf them. Estimates have whiskers of one standard error.
+    A larger sum is cut, and labelled so, as it would dwarf them. Estimates have whiskers of one
+    standard error.
     """
     rows = ranked(frame, top)
     fig = Figure(figsize=(8, 0.3 * len(rows) + 1.5), dpi=common.DPI, layout="constrained")
