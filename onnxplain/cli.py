@@ -10,6 +10,7 @@ import difflib
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -502,7 +503,9 @@ def explain(
     info = _method(method, {k: v for k, _, v in (o.partition("=") for o in options)})
     chosen = _method_options(options, info)
     if baseline is not None and not info.takes_baselines:
-        raise click.UsageError(f"--baseline: method {info.name!r} has none")
+        more = "layer_baselines" in info.options
+        own = "; the layer has: --option layer_baselines=NUMBER or FILE.npy" if more else ""
+        raise click.UsageError(f"--baseline: method {info.name!r} has none{own}")
     if segments is not None and (twice := _GROUPED & chosen.keys()):
         raise click.UsageError(f"--segments and --option {twice.pop()} say the same: leave out one")
     if segments is not None and not _GROUPED & info.options.keys():
@@ -608,8 +611,14 @@ def _grouping(
     if "feature_mask" in chosen:
         return {}
     made, count = _masked(info, sample, explained, segments)
-    few = "feature_mask" in info.options or count <= _FEW_PIXELS
-    if issubclass(info.cls, LimeBase) and "n_samples" not in chosen and few:
+    if not issubclass(info.cls, LimeBase):
+        return made
+    if "feature_mask" not in info.options and count > _FEW_PIXELS:
+        raise InputError(
+            f"method {info.name!r} takes each of {count} values as a feature, and others can be "
+            "made in Python alone: take lime, and --segments of pictures"
+        )
+    if "n_samples" not in chosen:
         enough = _SAMPLES * count
         if enough > info.options["n_samples"]:
             click.echo(f"{count} features: --option n_samples={enough}", err=True)
@@ -626,7 +635,7 @@ def _masked(
     from .inputs import load_segments, token_features
 
     name, kind = str(sample.display.input_name), sample.display.kind
-    size = sample.arrays[name][0].size
+    sizes = {each: math.prod(sample.arrays[each].shape[1:]) for each in (name, *explained)}
     mask = None
     if "feature_mask" not in info.options:
         pass
@@ -634,15 +643,17 @@ def _masked(
         mask = token_features(sample)
     elif segments != "none" and (
         segments
-        or (kind == "image" and name in explained)
-        and (size > _FEW_PIXELS or info.name in _SEGMENTS)
+        or (
+            (kind == "image" and name in explained)
+            and (sizes[name] > _FEW_PIXELS or info.name in _SEGMENTS)
+        )
     ):
         how = segments or _SEGMENTS.get(info.name, _SEGMENTS_OF_OTHERS)
         mask = load_segments(how, sample)
         if segments is None:
             click.echo(f"segments, not pixels: --segments {how} (--segments none)", err=True)
     if mask is None:
-        return {}, sum(sample.arrays[each][0].size for each in explained)
+        return {}, sum(sizes[each] for each in explained)
     count = int(mask[name].max()) + 1
     for other in explained:  # whose values are each a feature
         if other != name:

@@ -361,6 +361,8 @@ def test_pictures_are_explained_by_segments(photo: tuple[str, str]) -> None:
     result = run(*arguments, "shapley-values")
     assert "--segments grid:3" in result.stderr
     assert top(result.stdout)[0]["size"] in (3 * 10 * 10, 3 * 10 * 11, 3 * 11 * 11)
+    small = run("explain", DIGITS, THREE, "--method", "shapley-values")
+    assert "--segments grid:3" in small.stderr and "9 pixels around" in small.stdout
     pixels = run(*arguments, "feature-ablation", "--segments", "none")
     assert pixels.stderr == "" and "index" in top(pixels.stdout)[0]
 
@@ -392,8 +394,10 @@ def test_occlusion_has_windows_that_suit_the_input(photo: tuple[str, str]) -> No
     mine = run(*arguments, "sliding_window_shapes=3,16,16", "--option", "strides=3,16,16")
     assert mine.stderr == ""
     assert json.loads(mine.stdout)["options"]["strides"] == [3, 16, 16]
-    table = run("explain", CANCER, PATIENTS, "--json", "--method", "occlusion")
-    assert json.loads(table.stdout)["options"]["sliding_window_shapes"] == [1]
+    table = ("explain", CANCER, PATIENTS, "--json", "--method", "occlusion")
+    assert json.loads(done(*table))["options"]["sliding_window_shapes"] == [1]
+    one = ("--option", "sliding_window_shapes=3", "--option", "strides=1")
+    assert json.loads(done(*table, *one))["options"]["sliding_window_shapes"] == [3]
 
 
 def test_a_mask_from_a_file(tmp_path: Path) -> None:
@@ -450,24 +454,45 @@ def test_standard_errors_are_printed(tmp_path: Path) -> None:
     assert 25 < checks["samples"] < 5000
 
 
+def test_surrogates_of_values_take_enough_samples() -> None:
+    result = run("explain", DIGITS, THREE, "--method", "lime-base", "--seed", "0")
+    assert result.stderr == "64 features: --option n_samples=1280\n"
+    few = ("--option", "n_samples=100", "--seed", "0")
+    told = run("explain", DIGITS, THREE, "--method", "lime", "--segments", "none", *few).stderr
+    number = re.search(r"take more samples \(--option n_samples=(\d+)\)", told)
+    assert number and int(number[1]) >= 200
+
+
+def test_progress_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("explain", DIGITS, THREE, "--method", "feature-ablation")
+    assert run(*arguments).stderr == ""
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: True)
+    assert "Feature Ablation attribution: 100%" in run(*arguments).stderr
+
+
 SAMPLED = ("shapley-value-sampling", "--option", "n_samples=100")
 
 
-@pytest.mark.parametrize("method", [SAMPLED, ("occlusion",), ("feature-ablation",)])
-def test_an_interrupt_keeps_what_was_computed(
+@pytest.mark.parametrize("method", [SAMPLED, ("shapley-values",)])
+def test_an_interrupt_before_anything_is_known(
     method: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = 0
-    plain = Session.__call__
+    _interrupt(monkeypatch, after=12)
+    picture = tmp_path / "why.png"
+    result = run("explain", DIGITS, THREE, "--method", *method, "--output", str(picture),
+                 "--option", "perturbations_per_eval=4")  # fmt: skip
+    assert result.exit_code == 130
+    assert result.stdout == "" and not picture.exists()
+    assert "interrupted: no attribution is known yet" in result.stderr
 
-    def interrupted(self: Session, *args: object, **options: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls > 12:
-            raise KeyboardInterrupt
-        return plain(self, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Session, "__call__", interrupted)
+@pytest.mark.parametrize(
+    ("after", "method"), [(40, SAMPLED), (12, ("occlusion",)), (12, ("feature-ablation",))]
+)
+def test_an_interrupt_keeps_what_was_computed(
+    after: int, method: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _interrupt(monkeypatch, after)
     picture, archive = tmp_path / "why.png", tmp_path / "why.npz"
     result = run("explain", DIGITS, THREE, "--method", *method, "--save", str(archive), "--output",
                  str(picture), "--option", "perturbations_per_eval=4")  # fmt: skip
@@ -476,6 +501,20 @@ def test_an_interrupt_keeps_what_was_computed(
     assert f"interrupted: what was computed is in {picture}, {archive}" in result.stderr
     assert picture.stat().st_size > 1000
     assert 0 < ox.load_explanation(archive).checks["completed"][0] < 1
+
+
+def _interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    calls = 0
+    plain = Session.__call__
+
+    def interrupted(self: Session, *args: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise KeyboardInterrupt
+        return plain(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Session, "__call__", interrupted)
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -510,6 +549,20 @@ def _write(name: str, content: bytes) -> Callable[[Path], str]:
             ("explain", DIGITS, THREE, "--method", "neuron-gradient", "--layer", "head",
              "--neuron", "10"), "10",
         ),
+        (
+            ("explain", CANCER, PATIENTS, "--method", "shapley-values"),
+            r"2\^30 = 1,073,741,824 .* give --option feature_mask=FILE.npy "
+            r"\(of pictures: --segments\) with at most 24 groups",
+        ),
+        (
+            ("explain", DIGITS, THREE, "--method", "lime-tabular"),
+            "give its rows with --baseline FILE.csv",
+        ),
+        (
+            ("explain", DIGITS, THREE, "--method", "lime-text"),
+            "explain images with lime-image, tables with lime-tabular",
+        ),
+        (("explain", CANCER, PATIENTS, "--baseline", "foo"), "no file, and none of .*zero, mean"),
         (("explain", CANCER, PATIENTS, "--baseline", "blur"), "--baseline blur is for pictures"),
         (("explain", DIGITS, THREE, "--baseline", "none.png"), "none.png does not exist"),
         (("explain", CANCER, PATIENTS, "--baseline", "mask"), "mask is for text"),
@@ -645,6 +698,26 @@ def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
                 "sliding_window_shapes=wide",
             ),
             "must be numbers with commas",
+        ),
+        (
+            (
+                "explain",
+                CANCER,
+                PATIENTS,
+                "--method",
+                "lime-tabular",
+                "--option",
+                "training_data=x.csv",
+            ),
+            "training_data: give --baseline FILE.csv instead",
+        ),
+        (
+            ("explain", CANCER, PATIENTS, "--method", "lime", "--option", "perturb_func=f"),
+            "perturb_func: .* only given in Python",
+        ),
+        (
+            ("explain", CANCER, PATIENTS, "--method", "layer-feature-ablation", "--baseline", "1"),
+            "has none; the layer has: --option layer_baselines=NUMBER",
         ),
         (("explain", DIGITS, THREE, "--examples-axis", "x"), "is not an axis"),
         (

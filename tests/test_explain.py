@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -235,8 +236,10 @@ def test_more_steps_while_the_gap_is_not_small() -> None:
 
 
 def test_few_samples_are_told(net: ox.Model) -> None:
-    with pytest.warns(UserWarning, match=r"standard error of up to \d+%; take more.*\(nt_samples"):
+    with pytest.warns(UserWarning, match=r"up to \d+%; take more samples \(nt_samples=\d") as told:
         ox.explain(net, X, "noise-tunnel", abs=False, stdevs=20.0, nt_samples=3, seed=0)
+    found = re.search(r"up to (\d+)%.*nt_samples=(\d+)", str(told[0].message))
+    assert found and int(found[2]) == pytest.approx(3 * (int(found[1]) / 50) ** 2, rel=0.1)
     checks = ox.explain(net, X, "noise-tunnel", stdevs=1e-6, nt_samples=3, seed=0).checks
     assert (checks["standard_error"] < 1e-3).all()
 

@@ -375,6 +375,19 @@ GAMES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], list[float]]] = {
 }
 
 
+def test_shapley_values_of_many_features_are_told_and_of_too_many_refused() -> None:
+    box = ox.BlackBox(lambda x: x.sum(1))
+    with pytest.warns(UserWarning, match=r"17 features have 2\^17 = 131,072 coalitions"):
+        found = ox.ShapleyValues(box).attribute(np.arange(17.0)[None])
+    np.testing.assert_allclose(found, np.arange(17.0)[None], atol=1e-9)
+    with pytest.raises(
+        ox.InputError, match=r"2\^25 = 33,554,432 .*kernel-shap.* at most 24 groups"
+    ):
+        ox.ShapleyValues(box).attribute(np.ones((1, 25)))
+    with pytest.raises(ox.InputError, match=r"2\^70000 coalitions"):
+        ox.ShapleyValues(box).attribute(np.ones((1, 70000)))
+
+
 @pytest.mark.parametrize("game", GAMES)
 def test_shapley_values_in_closed_form(game: str) -> None:
     score, want = GAMES[game]
@@ -453,12 +466,14 @@ def test_kernel_shap_is_the_regression_of_its_samples(
     rest, seen = z[:, :-1] - z[:, -1:], y - z[:, -1] * total
     found = np.linalg.lstsq(rest, seen, rcond=None)[0]
     np.testing.assert_allclose(got[0], [*found, total - found.sum()], rtol=1e-6, atol=1e-8)
-    # The two of a pair are one observation; leverage as HC3 has it.
+    # The two of a pair are one observation; leverage as HC3 has it, equal pairs being one.
+    same = [tuple(sorted(map(bytes, z[p : p + 2].astype(bool)))) for p in range(0, len(z), 2)]
+    assert len(set(same)) < len(same)
     bread = np.linalg.inv(rest.T @ rest)
     meat = np.zeros_like(bread)
     for p in range(0, len(rest), 2):
         r, left = rest[p : p + 2], (seen - rest @ found)[p : p + 2]
-        moved = r.T @ left / (1 - np.trace(r @ bread @ r.T))
+        moved = r.T @ left / (1 - same.count(same[p // 2]) * np.trace(r @ bread @ r.T))
         meat += np.outer(moved, moved)
     spread = np.diag(bread @ meat @ bread)
     last = np.ones(features - 1) @ bread @ meat @ bread @ np.ones(features - 1)
@@ -644,6 +659,19 @@ def test_occlusion(size: Any, stride: Any, kind: str, image: ox.Model) -> None:
         got = ox.Occlusion(m).attribute(PICTURES, size, stride, base, target=2)
         want = occluded(lambda x: score(x)[:, 2], PICTURES, size, stride or (1, 1, 1), base)
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5)
+
+
+def test_what_the_same_windows_cover_is_one_feature(image: ox.Model) -> None:
+    size, stride = (2, 3, 2), (2, 2, 2)
+    options = {"sliding_window_shapes": size, "strides": stride}
+    found = ox.explain(image, PICTURES, "occlusion", 0, method_options=options)
+    windows = np.zeros((2, 6, 5), int)
+    for number, (row, column) in enumerate(np.ndindex(3, 3)):
+        windows[:, 2 * row : 2 * row + 3, 2 * column : 2 * column + 2] += 1 << number
+    cells = found.features["x"][0].ravel()
+    assert ((cells[:, None] == cells) == (windows.reshape(-1, 1) == windows.ravel())).all()
+    single = ox.explain(image, PICTURES, "occlusion", 0, sliding_window_shapes=(1, 1, 1))
+    assert single.features == {}
 
 
 def test_occlusion_of_two_inputs() -> None:

@@ -586,6 +586,16 @@ def test_tables_have_whiskers_of_one_standard_error() -> None:
     assert not view.figure(explain(values, values, display)).axes[0].collections
 
 
+def test_the_sum_of_the_others_dwarfs_no_bar() -> None:
+    values = np.array([[4.0, -2.0, *[1.0] * 20]])
+    made = explain(values, values, Display(kind="table"))
+    lines = [line.rpartition("  ")[2] for line in view.terminal(made, top=2).splitlines()[2:]]
+    assert lines == ["█" * 24, "█" * 12, "█" * 24 + "…"]
+    figure = view.figure(made, top=2)
+    assert "20 (bar cut)" in text_of(figure)
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [4, -2, 4]
+
+
 def test_tokens_and_pictures_say_how_sure_they_are() -> None:
     display = Display(kind="text", tokens=[["good", "film"]])
     made = estimates(np.array([[5, 6, 0]]), np.array([[1.0, -2.0, 0.0]]), display)
@@ -617,6 +627,9 @@ def test_what_was_not_computed_is_drawn_as_nothing() -> None:
     rows = view.table.ranked(common.frame(made), top=4)
     assert [row.attribution for row in rows] == [-3, 1, 0, 0]
     assert "what is missing is 0" in text_of(view.figure(made))
+    with pytest.raises(InputError, match="example 1 was not computed"):
+        view.figure(made, 1)
+    made.checks["completed"][1] = 0.3  # of what is known at its end alone
     with pytest.raises(InputError, match="example 1 was not computed"):
         view.figure(made, 1)
 

@@ -31,7 +31,7 @@ from onnxplain.perturb.aggregate import Differences, WindowMeans
 from onnxplain.perturb.features import Features, features_of
 from onnxplain.perturb.forms import Block, Coalitions, Form, Sampler, Whole, Windows
 from onnxplain.perturb.game import Game, Given, Off, Permuted, Play, Scores
-from onnxplain.perturb.windows import sliding_windows
+from onnxplain.perturb.windows import SlidingWindows, sliding_windows
 from onnxplain.run.feeds import Arrays, as_dtype, by_name
 
 Baselines = Any
@@ -317,23 +317,31 @@ class PerturbationAttribution(Attribution):
             find: finds the attributions of a question, with the part of ``given`` that is its own.
             given: by name, what the user gave for each layer (a tuple, a dict, or one for all).
         """
-        names = [v.name or "" for v in question.wrt]
-        whole: Found | None = None
-        start = 0
+        shapes = self._shapes(question)
+        names, whole, start = list(shapes), Found([]), 0
         for size in question.groups or ():
             part = question.wrt[start : start + size]
             mine = {k: _part(v, names, start, size, k) for k, v in given.items()}
-            found = find(replace(question, wrt=part, groups=(size,), form="array"), **mine)
             start += size
-            if whole is None:
-                whole = replace(found, columns=None, column_errors=None)
-            else:
-                whole.values += found.values
-                whole.errors += found.errors
-                completed = [f.figures["completed"] for f in (whole, found)]
-                whole.figures["completed"] = np.minimum(*completed)
-        assert whole is not None
-        return whole
+            try:
+                found = find(replace(question, wrt=part, groups=(size,), form="array"), **mine)
+            except EvaluationError as error:
+                if isinstance(error.partial, Found):
+                    whole.values += error.partial.values
+                error.partial = _filled(whole, shapes) if whole.values else None
+                raise
+            except KeyboardInterrupt:
+                if not whole.values:
+                    raise
+                engine.warn_interrupted(0, question.feeds.count)
+                whole.figures["completed"] = np.zeros(len(whole.values[0]))
+                break
+            whole.values += found.values
+            share = found.figures["completed"]
+            whole.figures["completed"] = np.minimum(whole.figures.get("completed", 1), share)
+            if (share < 1).any():
+                break
+        return _filled(whole, shapes)
 
     def _evaluated(
         self,
@@ -473,8 +481,20 @@ def progress_bar(name: str, total: int, show: bool) -> Iterator[Callable[[int], 
         yield bar.update
 
 
+def _filled(found: Found, shapes: Mapping[str, tuple[int, ...]]) -> Found:
+    """What was found of the first sources, and NaN for the others."""
+    lead = found.values[0].shape[:2]
+    rest = list(shapes.values())[len(found.values) :]
+    return replace(found, values=[*found.values, *(np.full((*lead, *s[1:]), np.nan) for s in rest)])
+
+
 def _part(given: Any, names: Sequence[str], start: int, size: int, what: str) -> Any:
     """What was given for some of the layers."""
+    if given is not None and not isinstance(given, Mapping | tuple | list) and np.ndim(given):
+        raise InputError(
+            f"{what}: one array was given for {len(names)} layers ({', '.join(names)}); give a "
+            "tuple or dict with one for each"
+        )
     named, _ = by_name(_spread(given, names), names, what)
     if not named:
         return None
@@ -995,7 +1015,7 @@ class Occlusion(PerturbationAttribution):
         def plan(features: Features) -> Plan:
             return Plan(form, windows.sampler, windows.count + 1, lambda game: WindowMeans(shapes))
 
-        return self._evaluated(
+        found = self._evaluated(
             question,
             features_of(self._shapes(question)),
             plan,
@@ -1003,3 +1023,22 @@ class Occlusion(PerturbationAttribution):
             at_most=perturbations_per_eval,
             show_progress=show_progress,
         )
+        found.features = _cells(windows)
+        return found
+
+
+def _cells(windows: SlidingWindows) -> list[np.ndarray]:
+    """Which elements the same windows cover, [1, ...] per source: these have one attribution."""
+    found: list[np.ndarray] = []
+    count = 0
+    for name, shape in windows.shapes.items():
+        ids = np.zeros((1,) * (len(shape) + 1), np.int64)
+        for axis, size in enumerate(shape):
+            start = np.arange(windows.steps[name][axis]) * windows.strides[name][axis]
+            edges = np.union1d(start, start + windows.sizes[name][axis])
+            cell = np.searchsorted(edges, np.arange(size), side="right")
+            along = np.expand_dims(cell, [i for i in range(ids.ndim) if i != axis + 1])
+            ids = ids * (len(edges) + 1) + along
+        found.append(ids + count)
+        count += ids.max() + 1
+    return found

@@ -613,8 +613,12 @@ class _Near:
         """
         assert isinstance(self._function, ExponentialKernel)
         if self._sums is None:
-            x = {k: self._some(v).astype(np.float64) for k, v in self._arrays.items()}
-            b = {k: self._some(v.mean(axis=0)) for k, v in self._off.arrays.items()}
+            x = {k: self._some(v) for k, v in self._arrays.items()}
+            b = {k: self._some(self._baseline(k)) for k in x}
+            # Text has no size: what counts is how much of it is there.
+            text = {k for k, v in x.items() if v.dtype.kind not in "fiub"}
+            x = {k: np.ones(v.shape) if k in text else v.astype(float) for k, v in x.items()}
+            b = {k: np.zeros((1, *x[k].shape[1:])) if k in text else v for k, v in b.items()}
             pairs = ((x, x), (x, b), (b, b))
             wide = {k: np.zeros_like(v) for k, v in x.items()}
             self._sums = tuple(
@@ -628,6 +632,11 @@ class _Near:
         xy = z @ (xx - xb).T + xb.sum(axis=1)
         yy = z @ (xx - bb).T + bb.sum(axis=1)
         return np.asarray(self._function.of(xx.sum(axis=1), xy, yy))
+
+    def _baseline(self, name: str) -> np.ndarray:
+        """What is put in place of a source, [1 or N, ...]; of a background its mean."""
+        array = self._off.arrays[name]
+        return array[0] if len(array) == 1 else array.mean(axis=0)
 
     def _some(self, array: np.ndarray) -> np.ndarray:
         return array if len(array) == 1 else array[self._features.examples]
@@ -658,7 +667,7 @@ class _Near:
         """What else it gets, by Captum's names."""
         row = np.arange(len(self._features.examples)) if row is None else row
         form = self._question.feeds.form
-        baselines = {k: self._rows(v[0], row) for k, v in self._off.arrays.items()}
+        baselines = {k: self._rows(self._baseline(k), row) for k in self._off.arrays}
         return {
             "num_interp_features": self._features.count,
             "feature_mask": in_form(self._features.of(row), form),
@@ -670,7 +679,7 @@ class _Near:
         found = {}
         for name, ids in self._features.of(row).items():
             x = self._arrays[name][self._features.examples[row]]
-            found[name] = np.where(present[ids], x, self._rows(self._off.arrays[name][0], row))
+            found[name] = np.where(present[ids], x, self._rows(self._baseline(name), row))
         return in_form(found, self._question.feeds.form)
 
 

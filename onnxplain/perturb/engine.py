@@ -169,10 +169,11 @@ def run(
                 if ended.all():
                     break
                 if ended.any():
-                    game.keep(~ended)
-                    sums.keep(~ended)
-                    index = index[~ended]
-                    current = index, sums
+                    with _uninterrupted():
+                        game.keep(~ended)
+                        sums.keep(~ended)
+                        index = index[~ended]
+                        current = index, sums
             current = None
     except (KeyboardInterrupt, EvaluationError) as stop:
         if current is not None:
@@ -208,9 +209,12 @@ def _uninterrupted() -> Iterator[None]:
         yield
         return
     came: list[Any] = []
+    before = signal.getsignal(signal.SIGINT)
     try:
-        before = signal.signal(signal.SIGINT, lambda *told: came.append(told))
-    except ValueError:  # not the main interpreter
+        if before is None:  # the program around Python sees to interrupts
+            raise ValueError
+        signal.signal(signal.SIGINT, lambda *told: came.append(told))
+    except ValueError:  # or this is not the main interpreter
         yield
         return
     try:
@@ -251,7 +255,8 @@ def relative(
         mean = flat.mean(axis=1, keepdims=True) if around else 0.0
         size += np.abs(flat - mean).sum(axis=1)
         error += spread.sum(axis=1)
-    return np.asarray(error / np.maximum(size, np.finfo(np.float32).tiny))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where((size == 0) & (error == 0), 0.0, error / size)
 
 
 def check_tolerance(tolerance: Any) -> float | None:

@@ -18,7 +18,7 @@ _GROUPS = 10
 # A direction whose share of the largest is below this is not determined by the samples.
 _RANK = 1e-10
 # A pair whose own score hardly counts in what is fitted to it; nothing is known of its residual.
-_OWN = 0.01
+_OWN = 0.1
 # Features taken at a time, where there are more of them than samples; else numbers of both.
 _WIDE, _TALL = 4096, 1 << 20
 _ALL = slice(None)
@@ -141,15 +141,25 @@ class KernelShapFit(_Stored):
         bread = (vectors * np.where(open_, 0, 1 / np.where(open_, 1, values))) @ vectors.T
         change = bread @ cross
         squares: Any = 0.0
-        known = self._errors and self._weights is None and -(-len(inner) // 2) > self._features
+        # Of fewer pairs than twice the features, too little is left over to tell their spread.
+        known = self._errors and self._weights is None and len(inner) >= 4 * self._features
+        times = self._times() if known else np.zeros(0)
         for piece in pieces:
             z, _ = self._centered(piece)
             left[piece] -= z @ change
-            found = _spread(z, bread, left[piece]) if known else None
+            found = _spread(z, bread, left[piece], times[piece]) if known else None
             known = found is not None
             squares = squares + found if known else 0.0
         errors = np.sqrt(np.maximum(squares, 0)) if known else None
         return change, errors, left, int((~open_).sum())
+
+    def _times(self) -> np.ndarray:
+        """How often each coalition behind the first two was drawn, or its complement, [n]."""
+        packed = np.concatenate(self._packed)
+        full = packed[0]
+        folded = np.where(packed[2:, :1] & np.uint64(1), packed[2:] ^ full, packed[2:])
+        _, which, counts = np.unique(folded, axis=0, return_inverse=True, return_counts=True)
+        return np.asarray(counts[which.ravel()] / 2)
 
     def _centered(self, piece: slice) -> tuple[np.ndarray, np.ndarray]:
         """Coalitions behind the first two, less each one's mean, [n, F]; their sizes [n, 1]."""
@@ -205,14 +215,17 @@ class _Solved(NamedTuple):
     determined: bool
 
 
-def _spread(z: np.ndarray, bread: np.ndarray, left: np.ndarray) -> np.ndarray | None:
+def _spread(
+    z: np.ndarray, bread: np.ndarray, left: np.ndarray, times: np.ndarray
+) -> np.ndarray | None:
     """Squares of standard errors [F, M] that some pairs give rise to; None for a decisive pair.
 
     The sandwich over pairs. Source: MacKinnon and White 1985, Journal of Econometrics 29 (HC3:
-    residuals over one less their leverage), with the two of a pair taken together.
+    residuals over one less their leverage), with the two of a pair taken together, and the leverage
+    that of all ``times`` that it was drawn: what decides alone has no residual, however often.
     """
     reach = z @ bread
-    leverage = (z * reach).sum(axis=1)
+    leverage = (z * reach).sum(axis=1) * np.maximum(times, 1)
     if len(left) % 2:
         parts = (reach, left, leverage)
         reach, left, leverage = (np.concatenate([a, np.zeros_like(a[:1])]) for a in parts)
@@ -310,7 +323,16 @@ class Fit(_Stored):
         return found
 
     def figures(self) -> dict[str, np.ndarray]:
-        """How well the scores are met: weighted R^2, [E]."""
+        """How well the scores are met: weighted R², [E]; warns of too narrow a kernel."""
+        weights = np.concatenate(self._weights)
+        count = weights.sum(axis=0) ** 2 / np.maximum((weights**2).sum(axis=0), 1e-300)
+        if (narrow := count < 2).any() and len(weights) > 2:
+            warnings.warn(
+                f"the weights of {int(narrow.sum())} example(s) leave one of {len(weights)} "
+                "samples to fit to, the others being too far: take a wider kernel "
+                "(similarity_func)",
+                stacklevel=2,
+            )
         return {"fit": self._once(self._fit)[2]}
 
 

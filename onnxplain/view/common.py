@@ -219,8 +219,8 @@ def color_bar(figure: Figure, scale: Scale, *, signed: bool = True, **where: Any
 
 
 def number(value: float) -> str:
-    """A number with three digits."""
-    return f"{value:.3g}"
+    """A number with three digits; zero has no sign."""
+    return f"{value + 0.0:.3g}"
 
 
 def estimate(value: float, error: float | None) -> str:
@@ -275,7 +275,7 @@ def headline(frame: Frame) -> str:
 def title(figure: Figure, frame: Frame, more: str = "") -> int:
     """Write the headline, and more below, wrapped to the figure's width; how many lines it is."""
     width = int(figure.get_figwidth() * 10.5)
-    facts = " · ".join(fact.replace(" ", "\xa0") for fact in _facts(frame))  # break between them
+    facts = "\xa0· ".join(fact.replace(" ", "\xa0") for fact in _facts(frame))  # break between them
     lines = textwrap.wrap(facts, width) + textwrap.wrap(more, width)
     figure.suptitle("\n".join(lines), fontsize=10, parse_math=False)
     return len(lines)
