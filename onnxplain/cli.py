@@ -1,7 +1,8 @@
 """The command line: parses, calls, prints.
 
 Results go to standard output, logs and warnings to standard error. Exit status 0: done; 1: refused,
-with one line that says why; 2: wrong usage. Nothing heavy is imported before a command runs.
+with one line that says why; 2: wrong usage; 130: interrupted, with what was computed until then.
+Nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -809,22 +810,27 @@ def _deliver(
     from . import view
 
     shown = [i for i in range(len(explanation)) if view.common.known(explanation, i)]
+    written = []
     if output is not None:
         for example in shown:
             number = f"-{example + 1}" if len(explanation) > 1 else ""
-            explanation.plot(output.with_stem(output.stem + number), example)
+            written.append(output.with_stem(output.stem + number))
+            explanation.plot(written[-1], example)
     if save is not None:
         explanation.save(save)
+        written.append(save)
     if as_json:
         click.echo(explanation.to_json())
     for example in () if as_json else shown:
         if len(explanation) > 1:
-            click.echo(f"{'' if not example else chr(10)}example {example + 1}")
+            click.echo(f"{'' if example == shown[0] else chr(10)}example {example + 1}")
         click.echo(view.terminal(explanation, example))
     if "completed" in explanation.checks:
-        kept = ", ".join(str(path) for path in (output, save) if path is not None)
-        where = f"what was computed is {f'in {kept}' if kept else 'above'}"
-        click.echo(f"interrupted: {where if shown else 'no attribution is known yet'}", err=True)
+        where = f"in {', '.join(map(str, written))}" if written else "above"
+        missing = ", ".join(str(i + 1) for i in range(len(explanation)) if i not in shown)
+        told = [f"what was computed is {where}"] if shown else []
+        told += [f"nothing is known yet of example {missing}"] if missing else []
+        click.echo(f"interrupted: {'; '.join(told)}", err=True)
         click.get_current_context().exit(_INTERRUPTED)
 
 

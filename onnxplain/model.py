@@ -151,6 +151,18 @@ class Model:
         return report.batch if report is not None and report.mode == "rows" else None
 
     @functools.cached_property
+    def quantizes_batches(self) -> bool:
+        """Whether rows that run together are quantized together, by the range of all; said once."""
+        nodes = self.graph.graph.all_nodes()
+        found = any(node.op_type.startswith("DynamicQuantize") for node in nodes)
+        if found:
+            log.warning(
+                "the model quantizes each batch by its own range, so rows that run together change "
+                "each other: perturbed rows run one by one"
+            )
+        return found
+
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the model file ('' when it was not loaded from a path)."""
         if self.path is None or not Path(self.path).is_file():

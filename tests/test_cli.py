@@ -483,7 +483,7 @@ def test_an_interrupt_before_anything_is_known(
                  "--option", "perturbations_per_eval=4")  # fmt: skip
     assert result.exit_code == 130
     assert result.stdout == "" and not picture.exists()
-    assert "interrupted: no attribution is known yet" in result.stderr
+    assert "interrupted: nothing is known yet of example 1" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -614,6 +614,7 @@ def test_checks_of_samples_and_of_what_was_interrupted() -> None:
     assert "samples 1200" in title and "fit R² 0.87" in title
     assert "INCOMPLETE: interrupted after 40%" in title
     assert "INCOMPLETE" in view.html(made) and "INCOMPLETE" in view.terminal(made)
+    assert "what is missing" not in title
     whole = explain(x, x, checks={**checks, "completed": np.ones(1)})
     assert "INCOMPLETE" not in view.terminal(whole)
 

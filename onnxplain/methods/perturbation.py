@@ -355,6 +355,7 @@ class PerturbationAttribution(Attribution):
         show_progress: bool = False,
         seed: int | None = None,
         by_feature: bool = True,
+        columns: bool = False,
     ) -> Found:
         """Play the game of each group of examples and put what comes out together.
 
@@ -368,12 +369,15 @@ class PerturbationAttribution(Attribution):
             show_progress: whether to show a progress bar on standard error.
             seed: for baselines that are drawn.
             by_feature: whether attributions are numbers of features, which are spread.
+            columns: whether the numbers themselves are wanted too.
         """
         if at_most is not None:
             positive(at_most, "perturbations_per_eval")
         wanted = self._scores(question) if scores is None else scores
         rows = 1 if question.at_once else question.feeds.count
-        numbers = np.unique(np.concatenate([g.given.ravel() for g in groups]))
+        numbers = None
+        if columns:
+            numbers = np.unique(np.concatenate([g.given.ravel() for g in groups]))
         whole: Found | None = None
 
         plans = [plan(group) for group in groups]
@@ -437,7 +441,7 @@ def _merged(
     group: Features,
     rows: int,
     at_once: bool,
-    numbers: np.ndarray,
+    numbers: np.ndarray | None,
     by_feature: bool,
 ) -> Found:
     """The outcome of a group among those of all examples; what is not computed yet is NaN."""
@@ -454,7 +458,7 @@ def _merged(
             setattr(whole, kind, [np.full((rows, *a.shape[1:]), np.nan) for a in spread])
         for full, one in zip(getattr(whole, kind), spread, strict=True):
             full[index] = one
-        if by_feature:
+        if numbers is not None:
             columns = np.zeros((len(index), outputs, len(numbers)))
             at = np.searchsorted(numbers, group.given)
             wide = np.broadcast_to(at[:, None], part.shape)

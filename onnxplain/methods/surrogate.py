@@ -427,7 +427,10 @@ def checked_weights(weights: np.ndarray) -> np.ndarray:
         EvaluationError: one is negative or not finite.
     """
     if not np.isfinite(weights).all() or (weights < 0).any():
-        raise EvaluationError("similarity_func gave a weight that is negative, NaN or infinite")
+        raise EvaluationError(
+            "similarity_func gave a weight that is negative, NaN or infinite; where it is a "
+            "kernel of a distance, give a baseline nearer to the input"
+        )
     return weights
 
 
@@ -501,7 +504,7 @@ class Lime(LimeBase):
             return super()._attribute(question, **options)
         wants = options["errors"] = options.pop("return_standard_error", False)
         with self._partial(question):
-            found = self._find(question, **options)
+            found = self._find(question, return_input_shape=False, **options)
         assert found.columns is not None
         if not wants:
             return found.columns[:, 0]
@@ -555,6 +558,7 @@ class Lime(LimeBase):
             plan,
             at_most=perturbations_per_eval,
             show_progress=show_progress,
+            columns=not return_input_shape,
         )
 
     def _sampler(
@@ -619,6 +623,7 @@ class _Near:
             text = {k for k, v in x.items() if v.dtype.kind not in "fiub"}
             x = {k: np.ones(v.shape) if k in text else v.astype(float) for k, v in x.items()}
             b = {k: np.zeros((1, *x[k].shape[1:])) if k in text else v for k, v in b.items()}
+            b = {k: v.astype(float) for k, v in b.items()}
             pairs = ((x, x), (x, b), (b, b))
             wide = {k: np.zeros_like(v) for k, v in x.items()}
             self._sums = tuple(
@@ -631,7 +636,7 @@ class _Near:
         z = z.astype(np.float64)
         xy = z @ (xx - xb).T + xb.sum(axis=1)
         yy = z @ (xx - bb).T + bb.sum(axis=1)
-        return np.asarray(self._function.of(xx.sum(axis=1), xy, yy))
+        return checked_weights(np.asarray(self._function.of(xx.sum(axis=1), xy, yy)))
 
     def _baseline(self, name: str) -> np.ndarray:
         """What is put in place of a source, [1 or N, ...]; of a background its mean."""
@@ -786,6 +791,7 @@ class KernelShap(Lime):
             at_most=perturbations_per_eval,
             show_progress=show_progress,
             seed=base,
+            columns=not return_input_shape,
         )
 
 

@@ -21,7 +21,7 @@ from onnxplain.model import Model
 from onnxplain.perturb.call_game import CallGame
 from onnxplain.perturb.forms import Block, Sampler
 from onnxplain.perturb.game import Game, Given, Play
-from onnxplain.perturb.graph_game import Graph, GraphGame
+from onnxplain.perturb.graph_game import Graph, GraphGame, coupled
 
 # Where a tolerance is to be met: samples before the first look, and growth from look to look.
 _FIRST_LOOK = 32
@@ -97,8 +97,14 @@ def games(play: Play, samples: int, examples: np.ndarray) -> Iterator[tuple[Game
     graph = Graph(play) if isinstance(play.model, Model) else None
     if isinstance(play.off, Given):
         samples = 1  # they are made for all examples together
-    if play.at_once:
+    if play.at_once or (graph is not None and coupled(play.model)):
         size = len(examples)
+        if not play.at_once and size != play.feeds.count:
+            raise InputError(
+                "feature_mask: the examples have different numbers of features, and this model's "
+                "answer to an example depends on the others, so they must be evaluated together: "
+                "give masks with as many features for each"
+            )
     elif graph is not None:
         size = graph.examples_at_once(samples)
     else:

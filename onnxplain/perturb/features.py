@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ class Features:
         count: how many features an example has; ids are 0 to count - 1.
         given: the user's number of each feature, [1 or E, count].
         examples: which examples these are, [E].
+        plain: whether each element is a feature of its own, in order.
     """
 
     shapes: Shapes
@@ -35,6 +37,7 @@ class Features:
     count: int
     given: np.ndarray
     examples: np.ndarray
+    plain: bool = False
 
     def of(self, examples: np.ndarray) -> dict[str, np.ndarray]:
         """The ids of some of these examples, by their places; those that all share are one row."""
@@ -42,6 +45,10 @@ class Features:
 
     def spread(self, values: np.ndarray) -> list[np.ndarray]:
         """Numbers of features, [E, K, count], as arrays [E, K, ...] of each source's shape."""
+        if self.plain:
+            ends = np.cumsum([math.prod(shape[1:]) for shape in self.shapes.values()])
+            parts = zip(np.split(values, ends[:-1], axis=2), self.shapes.values(), strict=True)
+            return [part.reshape(*values.shape[:2], *shape[1:]) for part, shape in parts]
         out = []
         for name, ids in self.ids.items():
             flat = ids.reshape(len(ids), 1, -1)
@@ -147,7 +154,7 @@ def _each_element(shapes: Shapes) -> Features:
     if not start:
         raise InputError("the explained inputs are empty, so there is no feature")
     first = next(iter(shapes.values()))
-    return Features(shapes, ids, start, np.arange(start)[None], np.arange(first[0]))
+    return Features(shapes, ids, start, np.arange(start)[None], np.arange(first[0]), plain=True)
 
 
 def _checked(given: Any, shape: Sequence[int], what: str) -> np.ndarray:

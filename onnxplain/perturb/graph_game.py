@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxplain.errors import UnsupportedModelError
+from onnxplain.errors import LayerError, UnsupportedModelError
 from onnxplain.graph import edit
 from onnxplain.graph.edit import BATCH, has_rows
 from onnxplain.graph.emit import Emitter, dims, is_float
@@ -123,6 +123,10 @@ class Graph:
         self.examples: int | None = None
         if model.fixed_batch and not play.at_once:
             self.examples = 1 if self.stacked else model.fixed_batch
+        elif coupled(model):  # what a sample is run with besides is part of its score
+            self.stacked = False
+        elif model.quantizes_batches and not play.at_once:
+            self.stacked, self.examples = False, 1
         self.sides = _sides(model.graph.graph, play.of, play.wrt) if layers else []
         kind = "given" if isinstance(play.off, Given) else "off"
         shared = play.form.shared(np.zeros(1, np.int64))
@@ -224,12 +228,20 @@ class Graph:
     # ---- the graph ---------------------------------------------------------------------------
 
     def _write(self, repeat: bool) -> ir.Model:
-        """The graph; ``repeat``: what else ``of`` depends on is repeated for every copy."""
+        """The graph; ``repeat``: what else ``of`` depends on is repeated for every copy.
+
+        Raises:
+            LayerError: the explained value does not depend on the sources.
+        """
         play, n = self.play, len(self.play.wrt)
         copy, values = play.model.rewriting(play.of, *play.wrt, *self.sides, exact=False)
         of, wrt, sides = values[0], values[1 : 1 + n], values[1 + n :]
         graph = copy.graph
         nodes = list(graph)
+        behind = {v for n in edit.downstream(graph, wrt) for v in n.outputs} | set(wrt)
+        if of not in behind:
+            names = ", ".join(f"'{v.name}'" for v in play.wrt)
+            raise LayerError(f"'{play.of.name}' does not depend on {names}, so nothing explains it")
         op = Emitter(graph, "perturb")
         for side, named in zip(sides, self.sides, strict=True):
             edit.feed(
@@ -345,6 +357,11 @@ def _sides(graph: ir.Graph, of: ir.Value, wrt: Sequence[ir.Value]) -> list[ir.Va
         if beside and value.producer() is not None and has_rows(value):
             found[value] = None
     return list(found)
+
+
+def coupled(model: Model) -> bool:
+    """Whether what the model gives for an example depends on the other examples."""
+    return model.batch_report is not None and model.batch_report.mode == "coupled"
 
 
 def some(feeds: Feeds, index: np.ndarray, model: Any) -> Feeds:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxplain.errors import InputError
+from onnxplain.errors import InputError, failing
 
 Segmenter = Callable[[np.ndarray], np.ndarray]
 """Takes a picture [H, W, 3] and returns a segment number for each pixel, [H, W]."""
@@ -97,7 +97,8 @@ def segments_of(picture: np.ndarray, how: Segmentation) -> np.ndarray:
     """
     if isinstance(how, str):
         how = segmentation(how)
-    found = np.asarray(how(picture) if callable(how) else how)
+    with failing("segmentation"):
+        found = np.asarray(how(picture) if callable(how) else how)
     if found.shape != picture.shape[:2]:
         raise InputError(
             f"the segmentation has shape {list(found.shape)}, but the picture has "

@@ -319,7 +319,11 @@ def _facts(frame: Frame) -> list[str]:
                 f"{words} {shown}" + (f" (mean size of {rows.size})" if rows.size > 1 else "")
             )
     if (share := completed(explanation, example)) < 1:
-        parts.append(f"INCOMPLETE: interrupted after {share:.0%}, what is missing is 0")
+        missing = any(np.isnan(explanation.row(name, example)).any() for name in frame.names)
+        parts.append(
+            f"INCOMPLETE: interrupted after {number(100 * share)}%"
+            + ", what is missing is 0" * missing
+        )
     return [printable(part) for part in parts]
 
 
