@@ -1095,7 +1095,7 @@ def test_more_refusals(linear: ox.Model) -> None:
 def test_rows_that_change_each_other() -> None:
     """Where an answer depends on the other rows, these are the other examples, in every run."""
     net = model(f"""{HEAD} net (float[N, 3] x) => (float[N] y) {{
-        first = Constant<value_ints = [0]>() mean = ReduceMean(x, first) e = Exp(Sub(x, mean))
+        first = Constant<value_ints = [0]>() mean = ReduceMean(x, first) gap = Sub(x, mean) e = Exp(gap)
         second = Constant<value_ints = [1]>() y = ReduceSum<keepdims = 0>(e, second) }}""")
     x = f32(4, 3)
 
