@@ -54,6 +54,7 @@ _IN_PYTHON = {
     "(segmentation('quickshift', kernel_size=1))": "(--segments grid:7)",
     "(n_samples)": "(--option n_samples=NUMBER)",
     "(centered=True)": "(--option centered=true)",
+    "(hide_color=0)": "(--option hide_color=0)",
     "(ignore_negative=True)": "(--option ignore_negative=true)",
     "(activations='all' takes": "(--option activations=all takes",
 }
@@ -413,6 +414,7 @@ def methods(name: str | None, as_json: bool) -> None:
     typed = [
         f"--option {key}={'...  (needed)' if key in info.required else _typed(value)}"
         + (f"  (one of {', '.join(info.choices[key])})" if key in info.choices else "")
+        + ("  (true on a terminal)" if key == "show_progress" else "")
         for key, value in info.options.items()
         if not _in_python_alone(info, key)
     ]
@@ -527,15 +529,16 @@ def explain(
             f"{', '.join(pictorial)}: for pictures, and input {shown!r} takes {sample.display.kind}"
         )
     explained = _explained(info, loaded, sample, None if neuron is None else layer)
-    chosen |= _grouping(info, sample, explained, segments, chosen)
-    if "show_progress" in info.options:
-        chosen.setdefault("show_progress", sys.stderr.isatty())
     rest = {name: x for name, x in sample.arrays.items() if name not in explained}
     baselines = None
     if baseline is not None:
         baselines = load_baselines(baseline, sample, loaded.inputs, setting, seed)
         if isinstance(baselines, dict):
             baselines = {name: x for name, x in baselines.items() if name in explained}
+    about = _target(target, names)
+    chosen |= _grouping(info, sample, explained, segments, chosen)
+    if "show_progress" in info.options:
+        chosen.setdefault("show_progress", sys.stderr.isatty())
 
     from . import explain as explain_model
 
@@ -543,7 +546,7 @@ def explain(
         loaded,
         {name: sample.arrays[name] for name in explained},
         info.name,
-        _target(target, names),
+        about,
         additional_forward_args=rest or None,
         layer=layer,
         neuron=neuron,
@@ -609,9 +612,7 @@ def _grouping(
         return told
     if segments is not None and "segmentation" in info.options:
         return {"segmentation": load_segmentation(segments)}
-    if "feature_mask" in chosen:
-        return {}
-    made, count = _masked(info, sample, explained, segments)
+    made, count = _masked(info, sample, explained, segments, chosen.get("feature_mask"))
     if not issubclass(info.cls, LimeBase):
         return made
     if "feature_mask" not in info.options and count > _FEW_PIXELS:
@@ -628,13 +629,19 @@ def _grouping(
 
 
 def _masked(
-    info: Any, sample: Sample, explained: list[str], segments: str | None
+    info: Any, sample: Sample, explained: list[str], segments: str | None, given: Any = None
 ) -> tuple[dict[str, Any], int]:
-    """The ``feature_mask`` of an input, where each value is no feature, and how many there are."""
+    """The ``feature_mask`` of an input, where each value is no feature, and how many there are.
+
+    What the user gave is not made again.
+    """
     import numpy as np
 
     from .inputs import load_segments, token_features
 
+    if given is not None:
+        masks = given.values() if isinstance(given, Mapping) else [given]
+        return {}, len(set().union(*(np.unique(mask).tolist() for mask in masks)))
     name, kind = str(sample.display.input_name), sample.display.kind
     sizes = {each: math.prod(sample.arrays[each].shape[1:]) for each in (name, *explained)}
     mask = None

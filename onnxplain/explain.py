@@ -18,6 +18,7 @@ from onnxplain.graph.grad import check_path
 from onnxplain.methods import MethodInfo, chosen
 from onnxplain.methods.base import Answer, Attribution
 from onnxplain.methods.baselines import named_baselines
+from onnxplain.methods.perturbation import PerturbationAttribution
 from onnxplain.methods.target import target_indices
 from onnxplain.model import Model, single
 from onnxplain.perturb.maskers import Background
@@ -458,7 +459,7 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model | B
             "take more samples ({samples})"
             + (
                 ", or weigh them around their mean (centered=True)"
-                if "centered" in info.options
+                if explanation.options.get("centered") is False
                 else ""
             ),
         ),
@@ -484,12 +485,23 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model | B
         figures["lost"] = 1 - figures["probability"]
     if "fit" in figures:
         figures["unexplained"] = 1 - figures["fit"]
+    random = "samples" in figures and explanation.options.get("model_regressor") is None
+    if random and "standard_error" not in figures:
+        more = _more(explanation.options, _SAMPLES, _MORE)
+        warnings.warn(
+            "how far the attributions are off can't be told from so few samples; take more "
+            f"({more})",
+            stacklevel=3,
+        )
     alike = len({len(a) for a in rows}) == 1  # else some count something else than examples
     if alike and (zero := np.flatnonzero(~np.any([a.any(axis=1) for a in rows], axis=0)).tolist()):
+        why = "nothing comes back to what it is explained by; try another method, layer or target"
+        if issubclass(info.cls, PerturbationAttribution):
+            why = "nothing that was switched off changed the score; try larger parts, or another "
+            own = explanation.options.get("hide_color", 0) is None  # flat segments stay as they are
+            why += "color for what is off (hide_color=0)" if own else "baseline or target"
         warnings.warn(
-            f"the attributions of {_listed(zero, explanation)} are all zero: nothing comes back to "
-            "what it is explained by; try another method, layer or target",
-            stacklevel=3,
+            f"the attributions of {_listed(zero, explanation)} are all zero: {why}", stacklevel=3
         )
     for check, (limit, problem, advice) in told.items():
         found = figures.get(check)

@@ -457,6 +457,11 @@ def test_standard_errors_are_printed(tmp_path: Path) -> None:
 def test_surrogates_of_values_take_enough_samples() -> None:
     result = run("explain", DIGITS, THREE, "--method", "lime-base", "--seed", "0")
     assert result.stderr == "64 features: --option n_samples=1280\n"
+    mask = json.dumps((np.arange(64) // 8 * 3).reshape(1, 8, 8).tolist())[1:-1]
+    grouped = ("--method", "kernel-shap", "--option", f"feature_mask=[{mask}]")
+    assert run("explain", DIGITS, THREE, *grouped).stderr == "8 features: --option n_samples=160\n"
+    wrong = run("explain", DIGITS, THREE, *grouped, "--target", "eleven")
+    assert wrong.stderr.startswith("error: ")
     few = ("--option", "n_samples=100", "--seed", "0")
     told = run("explain", DIGITS, THREE, "--method", "lime", "--segments", "none", *few).stderr
     number = re.search(r"take more samples \(--option n_samples=(\d+)\)", told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -242,6 +243,31 @@ def test_few_samples_are_told(net: ox.Model) -> None:
     assert found and int(found[2]) == pytest.approx(3 * (int(found[1]) / 50) ** 2, rel=0.1)
     checks = ox.explain(net, X, "noise-tunnel", stdevs=1e-6, nt_samples=3, seed=0).checks
     assert (checks["standard_error"] < 1e-3).all()
+
+
+def test_what_few_samples_leave_unknown_is_told() -> None:
+    box = ox.BlackBox(lambda x: x.prod(1))
+    with pytest.warns(UserWarning, match=r"off can't be told .* take more \(n_samples=40\)"):
+        ox.explain(box, np.ones((1, 6)), "kernel-shap", n_samples=10, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # all coalitions: nothing is unknown
+        ox.explain(box, np.ones((1, 6)), "kernel-shap", n_samples=64, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [("feature-ablation", "another baseline"), ("lime-image", r"\(hide_color=0\)")],
+)
+def test_perturbations_without_effect_are_told(method: str, advice: str) -> None:
+    box = ox.BlackBox(lambda x: np.ones(len(x)))
+    options = {"segmentation": np.arange(16).reshape(4, 4) // 8} if "image" in method else {}
+    with pytest.warns(UserWarning, match=f"all zero: nothing that was switched off .*{advice}"):
+        ox.explain(box, np.ones((1, 3, 4, 4)), method, method_options=options)
+
+
+def test_a_function_needs_a_method_that_looks_at_answers() -> None:
+    with pytest.raises(ox.InputError, match="method='kernel-shap'"):
+        ox.explain(ox.BlackBox(lambda x: x.sum(1)), X)
 
 
 def test_methods_that_take_no_layer_or_no_integers_say_so(digits: ox.Model) -> None:

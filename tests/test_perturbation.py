@@ -1095,17 +1095,24 @@ def test_more_refusals(linear: ox.Model) -> None:
 def test_rows_that_change_each_other() -> None:
     """Where an answer depends on the other rows, these are the other examples, in every run."""
     net = model(f"""{HEAD} net (float[N, 3] x) => (float[N] y) {{
-        first = Constant<value_ints = [0]>() mean = ReduceMean(x, first) gap = Sub(x, mean) e = Exp(gap)
+        first = Constant<value_ints = [0]>() mean = ReduceMean(x, first)
+        gap = Sub(x, mean) e = Exp(gap)
         second = Constant<value_ints = [1]>() y = ReduceSum<keepdims = 0>(e, second) }}""")
     x = f32(4, 3)
 
     def score(x: np.ndarray) -> np.ndarray:
         return np.exp(x - x.mean(0)).sum(1)
 
-    want = np.stack([score(x) - score(np.where(np.arange(3) == f, 0, x)) for f in range(3)], axis=1)
+    gone = [score(np.where(np.arange(3) == f, 0, x)) for f in range(3)]
+    want = score(x)[:, None] - np.stack(gone, axis=1)
     for at_most in (None, 1, 2):
         got = ox.FeatureAblation(net).attribute(x, perturbations_per_eval=at_most)
         np.testing.assert_allclose(got, want, atol=1e-5)
+    exact = ox.ShapleyValues(net).attribute(x)
+    options: dict[str, Any] = {"n_samples": 500, "seed": 0, "tolerance": 0.1}
+    answer = ox.ShapleyValueSampling(net).answer(inputs=x, **options)
+    assert len(set(answer.checks["samples"])) == 1
+    assert (np.abs(answer.result - exact) <= 5 * answer.standard_errors + 1e-6).all()
     with pytest.raises(ox.InputError, match="depends on the others"):
         ox.FeatureAblation(net).attribute(x, feature_mask=[[0, 1, 1], *[[0, 1, 2]] * 3])
 

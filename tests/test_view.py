@@ -619,6 +619,17 @@ def test_checks_of_samples_and_of_what_was_interrupted() -> None:
     assert "INCOMPLETE" not in view.terminal(whole)
 
 
+def test_titles_say_what_absence_looks_like() -> None:
+    x = np.ones((1, 4))
+    told = {"provenance": {"baselines": "blur"}, "options": {"centered": True}}
+    made = explain(x, x, Display(kind="table"), method="rise", **told)
+    assert "rise (centered) for dog" in text_of(view.figure(made))
+    assert "· baseline blur" in text_of(view.figure(made)) and "baseline blur" in view.terminal(
+        made
+    )
+    assert "baseline" not in view.terminal(explain(x, x))
+
+
 def test_what_was_not_computed_is_drawn_as_nothing() -> None:
     values = np.array([[1.0, np.nan, -3.0, np.nan], [np.nan] * 4])
     made = explain(

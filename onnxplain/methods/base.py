@@ -164,7 +164,8 @@ class Attribution:
         if isinstance(model, BlackBox):
             raise InputError(
                 "a BlackBox is a Python function: only its answers are known, and this method "
-                "looks inside; use a perturbation method (feature-ablation, kernel-shap, lime, ...)"
+                "looks inside; use a perturbation method (method='kernel-shap' of ox.explain, "
+                "feature-ablation, lime, ...)"
             )
         if not isinstance(model, Model):
             raise InputError(

@@ -254,7 +254,7 @@ class LimeImage(LimeAttribution):
         hidden = _hidden(picture, segments, hide_color)
         make = self.preprocess or (lambda batch: _laid_out(batch, axis))
         question = self._ask(make(picture[None]), EVERY, None)
-        off = self.model.feeds(make(hidden[None]))
+        off = self._hidden_feeds(make(hidden[None]))
 
         rows, numbers = distinct(z)
 
@@ -264,10 +264,10 @@ class LimeImage(LimeAttribution):
         def render(piece: slice) -> Feeds:
             return perturbed(rows[piece])
 
-        ids = _ids(segments, perturbed, question.feeds, off)
+        ids = None if off is None else _ids(segments, perturbed, question.feeds, off)
         with bar_of(f"{self.title} attribution", num_samples, progress_bar) as tick:
             pace = Pace(tick)
-            if ids is not None:
+            if ids is not None and off is not None:
                 gone = off.arrays[off.explained[0]][0]
                 parts = self._present(question, 0, z, ids, gone, pace, batch_size)
             else:
@@ -309,6 +309,16 @@ class LimeImage(LimeAttribution):
         limit = self.model.settings.memory_limit
         room = _BATCH_BYTES if limit is None else min(_BATCH_BYTES, memory.budget(limit) // 8)
         return int(max(room // (4 * picture.size), 1))  # preprocessed to float32, most likely
+
+    def _hidden_feeds(self, made: Any) -> Feeds | None:
+        """What is made of the wholly hidden picture; None where that is no number.
+
+        Samples hardly ever hide all of it: a division by its spread need not fail theirs.
+        """
+        try:
+            return self.model.feeds(made)
+        except InputError:
+            return None
 
     def _image(self, given: Any) -> tuple[np.ndarray, int | None]:
         """An image [H, W, C], and which axis the model has its channels on."""

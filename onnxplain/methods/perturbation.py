@@ -153,6 +153,8 @@ class PerturbationAttribution(Attribution):
         if found.errors:
             errors = question.in_form(self._shaped(question, found.errors))
             figures["standard_error"] = engine.relative(found.values, found.errors, self.around)
+        elif "samples" in figures:  # too few to tell
+            figures["standard_error"] = np.full(len(figures["samples"]), np.nan)
         arrays = self._shaped(question, found.values)
         said = question.in_form if "completed" in figures else question.answer
         features = question.in_form(found.features) if found.features else None

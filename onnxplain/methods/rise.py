@@ -120,7 +120,7 @@ class RISE(PerturbationAttribution):
                 fewer masks.
             seed: the masks depend on it alone; None draws one.
             tolerance: stop an example when the standard errors of its map are, summed, at most this
-                share of the map.
+                share of what differs from the map's mean.
             return_standard_error: return the standard errors too (of resized maps, at most so
                 large).
 

@@ -730,8 +730,29 @@ class KernelShap(Lime):
     ) -> Any:
         """Explain examples.
 
-        Arguments, result and errors as :meth:`Lime.attribute`. ``n_samples`` coalitions (3 at
-        least), the full and the empty one among them; standard errors are those of the regression.
+        Args:
+            inputs, target, additional_forward_args, perturbations_per_eval, show_progress: see
+                :meth:`FeatureAblation.attribute`.
+            baselines: what an absent feature is: None (zeros), a number, an array, a tuple or dict
+                of these, the name of a masker ("blur", "mean", ...), or ``Background(rows)``.
+            feature_mask: the feature of each element, integers from 0; elements with the same
+                number come and go together. None: each is a feature.
+            n_samples: coalitions for each example, at most, the full and the empty one among them;
+                3 at least.
+            return_input_shape: False returns the values [N, features], in the order of the
+                features' numbers.
+            tolerance: an example gets no more samples once the standard errors of its attributions
+                are, summed, at most this share of their sizes (0.05, say).
+            return_standard_error: return (attributions, standard errors): those of the regression,
+                in the unit of the score; NaN where samples are too few to tell.
+            seed: the coalitions depend on it alone; None draws one.
+
+        Returns:
+            The Shapley value of its feature for each element, in the unit of the score, of the
+            inputs' shape, in their form.
+
+        Raises:
+            InputError: an argument does not fit; EvaluationError: the model failed part-way.
         """
         return self._call(locals())
 

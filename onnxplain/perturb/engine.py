@@ -150,6 +150,7 @@ def run(
         EvaluationError: the model failed; ``partial`` is the Outcome until then.
     """
     count = 1 if play.at_once else len(examples)
+    together = isinstance(play.model, Model) and coupled(play.model)
     outcome = Outcome(samples=np.zeros(count, np.int64), completed=np.zeros(count))
     current: tuple[np.ndarray, Aggregator] | None = None
     done = 0
@@ -167,7 +168,9 @@ def run(
                         done, current = piece.stop, (index, sums)
                 ended = np.full(len(index), stop == samples)
                 if tolerance is not None:
-                    ended |= relative_error(sums) <= tolerance
+                    met = relative_error(sums) <= tolerance
+                    # Of examples that change each other none can leave before the others.
+                    ended |= met.all() if together else met
                 if ended.any():
                     outcome.take(index[ended], sums, np.flatnonzero(ended))
                     outcome.samples[index[ended]] = sums.drawn or 0

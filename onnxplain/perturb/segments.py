@@ -60,7 +60,7 @@ def segmentation(name: str, **options: Any) -> Segmenter:
     Raises:
         InputError: there is no such algorithm; when called, that it refuses options or picture.
     """
-    if name not in _DEFAULTS:
+    if not isinstance(name, str) or name not in _DEFAULTS:
         raise InputError(
             f"segmentation is one of {', '.join(_DEFAULTS)}, a function of the picture, or the "
             f"segments [H, W], not {name!r}"

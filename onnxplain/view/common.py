@@ -301,7 +301,10 @@ def _facts(frame: Frame) -> list[str]:
     inner = explanation.options.get("attribution_method")
     kind = explanation.options.get("nt_type")
     method = f"{explanation.method} of {inner} ({kind})" if inner else explanation.method
+    method += " (centered)" * bool(explanation.options.get("centered"))
     parts = [f"{method} for {target}"]
+    if (baseline := explanation.provenance.get("baselines")) is not None:
+        parts.append(f"baseline {shorten(baseline, 40)}")
     if explanation.layer is not None and neuron is None:
         parts.append(f"layer {explanation.layer}")
     elif len(explanation.arrays) > len(frame.names):
