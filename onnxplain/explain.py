@@ -485,14 +485,6 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model | B
         figures["lost"] = 1 - figures["probability"]
     if "fit" in figures:
         figures["unexplained"] = 1 - figures["fit"]
-    random = "samples" in figures and explanation.options.get("model_regressor") is None
-    if random and "standard_error" not in figures:
-        more = _more(explanation.options, _SAMPLES, _MORE)
-        warnings.warn(
-            "how far the attributions are off can't be told from so few samples; take more "
-            f"({more})",
-            stacklevel=3,
-        )
     alike = len({len(a) for a in rows}) == 1  # else some count something else than examples
     if alike and (zero := np.flatnonzero(~np.any([a.any(axis=1) for a in rows], axis=0)).tolist()):
         why = "nothing comes back to what it is explained by; try another method, layer or target"

@@ -247,7 +247,7 @@ def test_few_samples_are_told(net: ox.Model) -> None:
 
 def test_what_few_samples_leave_unknown_is_told() -> None:
     box = ox.BlackBox(lambda x: x.prod(1))
-    with pytest.warns(UserWarning, match=r"off can't be told .* take more \(n_samples=40\)"):
+    with pytest.warns(UserWarning, match=r"few samples can't tell; .*\(n_samples=40\)"):
         ox.explain(box, np.ones((1, 6)), "kernel-shap", n_samples=10, seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # all coalitions: nothing is unknown

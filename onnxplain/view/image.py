@@ -29,7 +29,7 @@ def figure(frame: Frame, *, percentile: float = 99.0) -> Figure:
     height, width = picture.shape[:2]
     panel = float(np.clip(3.4 * width / height, 2.4, 5.0))  # inches
     fig = Figure(
-        figsize=(3 * panel + 2.2, min(panel * height / width, 8.0) + 1.5),
+        figsize=(3 * panel + (2.2 if scale.limit else 0.6), min(panel * height / width, 8.0) + 1.4),
         dpi=common.DPI,
         layout="compressed",
     )
@@ -61,7 +61,7 @@ def figure(frame: Frame, *, percentile: float = 99.0) -> Figure:
     for axes, title in titles:
         axes.set_title(title, fontsize=9, parse_math=False)
         axes.set_axis_off()
-    common.title(fig, frame)
+    fig.set_figheight(fig.get_figheight() + 0.18 * common.title(fig, frame))
     fig.supxlabel(scale.note, fontsize=8)
     return fig
 
