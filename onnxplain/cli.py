@@ -536,6 +536,7 @@ def explain(
         if isinstance(baselines, dict):
             baselines = {name: x for name, x in baselines.items() if name in explained}
     about = _target(target, names)
+    chosen |= _enough(info, chosen)
     chosen |= _grouping(info, sample, explained, segments, chosen)
     if "show_progress" in info.options:
         chosen.setdefault("show_progress", sys.stderr.isatty())
@@ -567,6 +568,8 @@ _GROUPED = {"feature_mask", "segmentation"}
 _FEW_PIXELS = 256
 _SEGMENTS = {"shapley-values": "grid:3"}  # it takes every subset of them
 _SEGMENTS_OF_OTHERS = "slic:50"
+# Samples at most, where a tolerance says how many are enough.
+_UNTIL = 10_000
 # Samples of a surrogate for each of its features.
 _SAMPLES = 20
 
@@ -582,6 +585,18 @@ def _explained(info: Any, model: Model, sample: Sample, of: str | None) -> list[
         return [name for name in sample.arrays if model.axes[name] is not None]
     # With none it is refused with the reason, or explained by a layer.
     return list(explainable_inputs(model, of)) or list(sample.arrays)
+
+
+def _enough(info: Any, chosen: Mapping[str, Any]) -> dict[str, int]:
+    """As many samples as a tolerance may take, where the user does not say."""
+    made = {
+        key: max(_UNTIL, info.options[key])
+        for key in ("n_samples", "num_samples", "num_masks")
+        if key in info.options and key not in chosen and chosen.get("tolerance") is not None
+    }
+    for key, most in made.items():
+        click.echo(f"until the tolerance is met, at most: --option {key}={most}", err=True)
+    return made
 
 
 def _grouping(

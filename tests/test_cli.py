@@ -452,6 +452,8 @@ def test_standard_errors_are_printed(tmp_path: Path) -> None:
     checks = fine["examples"][0]["checks"]
     assert checks["standard_error"] <= 0.05 < rough["standard_error"]
     assert 25 < checks["samples"] < 5000
+    until = run(*arguments, "--option", "tolerance=0.05")
+    assert until.stderr == "until the tolerance is met, at most: --option n_samples=10000\n"
 
 
 def test_surrogates_of_values_take_enough_samples() -> None:

@@ -254,6 +254,17 @@ def test_what_few_samples_leave_unknown_is_told() -> None:
         ox.explain(box, np.ones((1, 6)), "kernel-shap", n_samples=64, seed=0)
 
 
+def test_a_tolerance_that_is_not_met_is_told() -> None:
+    box, x = ox.BlackBox(lambda x: np.tanh(x).prod(1)), np.arange(0.5, 1, 0.1)[None]
+    method, wish = "shapley-value-sampling", r"tolerance=0.01 is not met .*\(n_samples=\d+\)"
+    with pytest.warns(UserWarning, match=wish) as told:
+        ox.explain(box, x, method, seed=0, tolerance=0.01)
+    more = int(str(told[0].message).rpartition("n_samples=")[2][:-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ox.explain(box, x, method, seed=0, tolerance=0.01, n_samples=2 * more)
+
+
 @pytest.mark.parametrize(
     ("method", "advice"),
     [("feature-ablation", "another baseline"), ("lime-image", r"\(hide_color=0\)")],

@@ -138,7 +138,7 @@ def distributions(model: Model, feeds: Feeds, baselines: Any) -> dict[str, np.nd
         if len(array) < 2:
             raise InputError(
                 f"baselines of '{name}': one baseline is no distribution; give at least two, or "
-                "use a method with a single baseline (integrated-gradients, deep-lift)"
+                "use a method with a single baseline (integrated-gradients, kernel-shap)"
             )
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"'{k}': {v}" for k, v in counts.items())

@@ -431,6 +431,16 @@ class PerturbationAttribution(Attribution):
             failed.partial = whole
             raise failed
         assert whole is not None
+        complete = (whole.figures["completed"] == 1).all()
+        if complete and whole.errors and (tolerance := plans[0].tolerance) is not None:
+            found = engine.relative(whole.values, whole.errors, self.around)
+            if (missed := ~(found <= tolerance)).any():
+                warnings.warn(
+                    f"{int(missed.sum())} of {rows} example(s) have used up their samples with "
+                    f"standard errors of up to {np.nanmax(found):.2g}, not the tolerance "
+                    f"{tolerance:g}: take more (n_samples, num_masks)",
+                    stacklevel=6,
+                )
         return whole
 
 

@@ -114,10 +114,9 @@ class RISE(PerturbationAttribution):
             resize_mode: "bilinear", "bicubic", "nearest" or "area"; "linear" for series.
             activation: "sigmoid" as TorchRay, or "none": scores weigh masks as they are. Where
                 nearly all masks leave a sigmoid or probability near 1, "none" tells more.
-            centered: weigh masks by how far their score is from the mean score of the first 64, so
-                that the map shows what more or less than that is kept by, and next to nothing of
-                how often each place happened to be kept: the same map, less a constant, from far
-                fewer masks.
+            centered: weigh masks by how far their score is from the mean score, so that the map
+                shows where keeping raises or lowers it, and next to nothing of how often each place
+                happened to be kept: the same map, less a constant, from far fewer masks.
             seed: the masks depend on it alone; None draws one.
             tolerance: stop an example when the standard errors of its map are, summed, at most this
                 share of what differs from the map's mean.
@@ -182,14 +181,15 @@ class RISE(PerturbationAttribution):
         form: Grid | Masks
         sampler: Sampler
         if filter_masks is None:
-            form = Grid(layouts)
+            form, kept = Grid(layouts), np.asarray(p, np.float64)
             sampler = form.sampler(base, float(p))
         else:
             form, sampler = _given(filter_masks, layouts, count, question)
+            kept = np.mean(filter_masks, axis=0, dtype=np.float64).ravel()
 
         def plan(features: Features) -> Plan:
             def means(game: Any) -> MapMeans:
-                return MapMeans(form, ACTIVATIONS[activation], moments, pilot)
+                return MapMeans(form, ACTIVATIONS[activation], moments, pilot, kept)
 
             return Plan(form, sampler, count, means, tolerance=tolerance)
 

@@ -324,17 +324,24 @@ class MapMeans:
         form: a :class:`Grid` or :class:`Masks`.
         activation: makes weights of scores.
         moments: whether standard errors are wanted.
-        pilot: from all weights the mean of the first so many is taken away; 0: nothing is. What
-            masks have in common with each other then weighs next to nothing.
+        pilot: where not 0, weights are those less their mean: on the way less that of the first so
+            many, so that what masks have in common with each other weighs next to nothing.
+        kept: the mean of masks, at each place or everywhere; for what the first are off.
     """
 
     around = True
 
     def __init__(
-        self, form: Grid | Masks, activation: Activation, moments: bool, pilot: int = 0
+        self,
+        form: Grid | Masks,
+        activation: Activation,
+        moments: bool,
+        pilot: int = 0,
+        kept: float | np.ndarray = 0.0,
     ) -> None:
         self._form, self._activation, self._moments = form, activation, moments
-        self._pilot, self._level = pilot, np.zeros(0)
+        self._pilot, self._level, self._kept = pilot, np.zeros(0), kept
+        self._total = np.zeros(0)
         self._waiting: list[tuple[Block, np.ndarray]] = []
         self._sums: list[Sums] = []
         self._which = np.zeros(0, np.int64)
@@ -354,9 +361,12 @@ class MapMeans:
                 return
             some = every[: self._pilot]
             self._level = some.mean(axis=0) if self._pilot else np.zeros(weights.shape[1])
+            self._total = np.zeros(weights.shape[1])
         for block, weights in self._waiting:
+            gaps = weights - self._level[self._which]
+            self._total[self._which] += gaps.sum(axis=0)
             for sums in self._sums:
-                sums.add(block, weights - self._level[self._which], self._which)
+                sums.add(block, gaps, self._which)
         self._waiting = []
         self.drawn, self._known = piece.stop, None
 
@@ -385,6 +395,9 @@ class MapMeans:
 
     def result(self) -> np.ndarray:
         """[E, K, places of all sources]."""
+        if self.drawn and self._pilot:
+            off = (self._total[self._which] / self.drawn).reshape(-1, self._outputs, 1)
+            return self._means(0) - off * self._kept
         if self.drawn:
             return self._means(0)
         places = sum(sums.totals()[0].shape[1] for sums in self._sums)
