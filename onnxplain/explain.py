@@ -495,17 +495,6 @@ def _warn_when_poor(explanation: Explanation, info: MethodInfo, model: Model | B
         warnings.warn(
             f"the attributions of {_listed(zero, explanation)} are all zero: {why}", stacklevel=3
         )
-    tolerance, errors = explanation.options.get("tolerance"), figures.get("standard_error")
-    if tolerance is not None and errors is not None and "completed" not in figures:
-        missed = np.flatnonzero(errors > tolerance).tolist()
-        if missed:
-            worst = float(errors[missed].max())
-            more = _more(explanation.options, _SAMPLES, 1.1 * (worst / tolerance) ** 2)
-            warnings.warn(
-                f"tolerance={tolerance:g} is not met by {_listed(missed, explanation)}, with a "
-                f"standard error of up to {worst:.2g}; take more samples ({more})",
-                stacklevel=3,
-            )
     for check, (limit, problem, advice) in told.items():
         found = figures.get(check)
         if found is None:

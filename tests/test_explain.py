@@ -254,15 +254,17 @@ def test_what_few_samples_leave_unknown_is_told() -> None:
         ox.explain(box, np.ones((1, 6)), "kernel-shap", n_samples=64, seed=0)
 
 
-def test_a_tolerance_that_is_not_met_is_told() -> None:
+@pytest.mark.parametrize("method", ["shapley-value-sampling", "lime-tabular"])
+def test_a_tolerance_that_is_not_met_is_told(method: str) -> None:
     box, x = ox.BlackBox(lambda x: np.tanh(x).prod(1)), np.arange(0.5, 1, 0.1)[None]
-    method, wish = "shapley-value-sampling", r"tolerance=0.01 is not met .*\(n_samples=\d+\)"
-    with pytest.warns(UserWarning, match=wish) as told:
-        ox.explain(box, x, method, seed=0, tolerance=0.01)
-    more = int(str(told[0].message).rpartition("n_samples=")[2][:-1])
+    key = "num_samples" if "lime" in method else "n_samples"
+    asked = {"baselines": rng.random((30, 5)) + 0.3} if "lime" in method else {}
+    with pytest.warns(UserWarning, match=r"not the tolerance 0.1: take \d+ times as many") as told:
+        ox.explain(box, x, method, seed=0, tolerance=0.1, **asked, **{key: 25})
+    (found,) = (m[1] for w in told if (m := re.search(r"take (\d+) times", str(w.message))))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ox.explain(box, x, method, seed=0, tolerance=0.01, n_samples=2 * more)
+        warnings.filterwarnings("error", ".*tolerance")
+        ox.explain(box, x, method, seed=0, tolerance=0.1, **asked, **{key: 50 * int(found)})
 
 
 @pytest.mark.parametrize(

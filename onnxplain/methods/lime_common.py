@@ -692,6 +692,8 @@ class LimeAttribution(PerturbationAttribution):
                 raise stopped
             full = int((completed == 1).sum())
             warn_of_stop(f"{full} of {shape[0]} example(s) are complete; what is not, is NaN")
+        else:
+            self._check_met(found, limit)
         return found
 
     # ---- evaluation --------------------------------------------------------------------------

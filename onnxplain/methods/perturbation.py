@@ -431,17 +431,26 @@ class PerturbationAttribution(Attribution):
             failed.partial = whole
             raise failed
         assert whole is not None
-        complete = (whole.figures["completed"] == 1).all()
-        if complete and whole.errors and (tolerance := plans[0].tolerance) is not None:
-            found = engine.relative(whole.values, whole.errors, self.around)
-            if (missed := ~(found <= tolerance)).any():
-                warnings.warn(
-                    f"{int(missed.sum())} of {rows} example(s) have used up their samples with "
-                    f"standard errors of up to {np.nanmax(found):.2g}, not the tolerance "
-                    f"{tolerance:g}: take more (n_samples, num_masks)",
-                    stacklevel=6,
-                )
+        if (whole.figures["completed"] == 1).all():
+            self._check_met(whole, plans[0].tolerance)
         return whole
+
+    def _check_met(self, found: Found, tolerance: float | None) -> None:
+        """Warn of examples that took all their samples and still miss a tolerance."""
+        if tolerance is None or not found.errors:
+            return
+        errors = np.nan_to_num(engine.relative(found.values, found.errors, self.around), nan=np.inf)
+        if (missed := errors > tolerance).any():
+            worst = float(errors.max())
+            more = (
+                f"{1 + int((worst / tolerance) ** 2)} times as many" if worst < np.inf else "more"
+            )
+            warnings.warn(
+                f"{int(missed.sum())} of {len(errors)} example(s) have used up their samples with "
+                f"standard errors of up to {worst:.2g}, not the tolerance {tolerance:g}: take "
+                f"{more} (n_samples, num_samples, num_masks)",
+                stacklevel=7,
+            )
 
 
 _COLUMNS = {"values": "columns", "errors": "column_errors"}
