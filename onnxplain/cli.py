@@ -53,6 +53,7 @@ _IN_PYTHON = {
     "(segmentation='slic')": "(--segments slic)",
     "(segmentation('quickshift', kernel_size=1))": "(--segments grid:7)",
     "(n_samples)": "(--option n_samples=NUMBER)",
+    "(n_samples, num_samples, num_masks)": "(--option n_samples=, num_samples= or num_masks=)",
     "(centered=True)": "(--option centered=true)",
     "(hide_color=0)": "(--option hide_color=0)",
     "(ignore_negative=True)": "(--option ignore_negative=true)",

@@ -335,8 +335,8 @@ class PerturbationAttribution(Attribution):
             except KeyboardInterrupt:
                 if not whole.values:
                     raise
-                engine.warn_interrupted(0, question.feeds.count)
                 whole.figures["completed"] = np.zeros(len(whole.values[0]))
+                engine.warn_interrupted(whole.figures["completed"])
                 break
             whole.values += found.values
             share = found.figures["completed"]
@@ -419,7 +419,6 @@ class PerturbationAttribution(Attribution):
                 except KeyboardInterrupt:  # nothing of this group is known yet
                     if whole is None:
                         raise
-                    engine.warn_interrupted(int((whole.figures["completed"] == 1).sum()), rows)
                     break
                 if outcome.values is not None:
                     whole = _merged(
@@ -433,6 +432,8 @@ class PerturbationAttribution(Attribution):
         assert whole is not None
         if (whole.figures["completed"] == 1).all():
             self._check_met(whole, plans[0].tolerance)
+        else:
+            engine.warn_interrupted(whole.figures["completed"])
         return whole
 
     def _check_met(self, found: Found, tolerance: float | None) -> None:

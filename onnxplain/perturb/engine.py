@@ -143,8 +143,7 @@ def run(
         progress: told how many rows have been evaluated.
 
     Returns:
-        What was computed, by place in ``examples``; when the user interrupts, all until then, with
-        an IncompleteWarning.
+        What was computed, by place in ``examples``; when the user interrupts, all until then.
 
     Raises:
         EvaluationError: the model failed; ``partial`` is the Outcome until then.
@@ -196,16 +195,16 @@ def run(
             raise
         if outcome.values is None:
             raise
-        more = f", {len(current[0])} after {done} of {samples} samples" if current else ""
-        warn_interrupted(int((outcome.completed == 1).sum()), count, more)
     return outcome
 
 
-def warn_interrupted(complete: int, count: int, more: str = "") -> None:
-    """Say what is missing."""
+def warn_interrupted(completed: np.ndarray) -> None:
+    """Say what there is of the examples of which such shares were computed, [N]."""
+    begun = completed[(completed > 0) & (completed < 1)]
+    more = f", {len(begun)} after {100 * begun.max():.2g} % of their samples" if len(begun) else ""
     warnings.warn(
-        f"interrupted: {complete} of {count} example(s) are complete{more}; what was not computed "
-        "is NaN",
+        f"interrupted: {int((completed == 1).sum())} of {len(completed)} example(s) are complete"
+        f"{more}; what nothing is known of is NaN",
         IncompleteWarning,
         stacklevel=3,
     )
