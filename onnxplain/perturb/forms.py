@@ -19,6 +19,8 @@ from onnxplain.perturb.features import Features
 Block = dict[str, np.ndarray]
 """What a sampler says of some samples: small arrays [S, ...] by name."""
 
+_ENDS = ("lo", "hi")
+
 Sampler = Callable[[slice], Block]
 """The samples of a slice, a pure function of their numbers (and a seed)."""
 
@@ -121,30 +123,25 @@ class Windows(Form):
         return ("windows", tuple(self.shapes.items()), tuple(map(tuple, self.whole.values())))
 
     def fed(self) -> dict[str, tuple[Any, tuple[int, ...]]]:
-        corners = (
-            (f"{end}.{k}", (len(s),)) for k, s in self.shapes.items() for end in ("lo", "hi")
-        )
+        corners = ((f"{end}.{k}", (len(s),)) for k, s in self.shapes.items() for end in _ENDS)
         return {name: (np.int64, size) for name, size in corners}
 
     def rows(self, block: Block) -> dict[str, np.ndarray]:
         return block
 
     def emit(self, op: Emitter, fed: Mapping[str, ir.Value], name: str, like: ir.Value) -> ir.Value:
-        shape, inside = self.shapes[name], None
+        # Kept is what lies outside along any axis: one Max makes the mask of the axes' own.
+        shape, outside = self.shapes[name], []
+        dtype = like.dtype if is_float(like) else ir.DataType.FLOAT
         for axis, size in enumerate(shape):
-            lo, hi = (
-                op.Slice(fed[f"{end}.{name}"], [axis], [axis + 1], [1]) for end in ("lo", "hi")
-            )
+            lo, hi = (op.Slice(fed[f"{end}.{name}"], [axis], [axis + 1], [1]) for end in _ENDS)
             place = np.zeros(1, np.int64) if self.whole[name][axis] else np.arange(size)
-            there = op.And(op.GreaterOrEqual(place[None], lo), op.Less(place[None], hi))
+            beyond = op.Or(op.Less(place[None], lo), op.GreaterOrEqual(place[None], hi))
             spread = [0] + [1] * (len(shape) + 1)
             spread[2 + axis] = len(place)
-            there = op.Reshape(
-                op.Cast(there, to=like.dtype if is_float(like) else ir.DataType.FLOAT), spread
-            )
-            inside = there if inside is None else op.Mul(inside, there)
-        outside = op.Sub(1, inside)
-        return outside if is_float(like) else op.Cast(outside, to=ir.DataType.BOOL)
+            outside.append(op.Reshape(op.Cast(beyond, to=dtype), spread))
+        kept = op.Max(*outside)
+        return kept if is_float(like) else op.Cast(kept, to=ir.DataType.BOOL)
 
     def masks(
         self,
@@ -156,7 +153,7 @@ class Windows(Form):
         inside: Any = True
         for axis, size in enumerate(self.shapes[name]):
             place = np.arange(1 if self.whole[name][axis] else size)
-            lo, hi = (rows[f"{end}.{name}"][:, axis, None] for end in ("lo", "hi"))
+            lo, hi = (rows[f"{end}.{name}"][:, axis, None] for end in _ENDS)
             spread = [-1] + [1] * (len(self.shapes[name]) + 1)
             spread[2 + axis] = len(place)
             inside = inside & ((place >= lo) & (place < hi)).reshape(spread)
