@@ -755,7 +755,7 @@ def test_baselines_that_make_no_sense(tmp_path: Path) -> None:
     for choice in ("mean", "blur"):
         with pytest.raises(InputError, match=f"--baseline {choice} .* is table"):
             load_baselines(choice, sample, [TABLE], Preprocessing())
-    with pytest.raises(InputError, match="median is no file, and none of .*blur"):
+    with pytest.raises(InputError, match=r"median is no file, and none of .*blur"):
         load_baselines("median", sample, [TABLE], Preprocessing())
 
 
