@@ -28,6 +28,8 @@ FLOATS = frozenset(
     {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 )
 
+HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
 # Output dtypes of operators whose result does not have the dtype of their first input.
 _BOOLEAN = frozenset(
     "Equal Greater GreaterOrEqual Less LessOrEqual And Or Xor Not IsNaN IsInf".split()

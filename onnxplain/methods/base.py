@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnxplain.blackbox import BlackBox
 from onnxplain.errors import InputError, LayerError, UnsupportedModelError
 from onnxplain.graph.edit import BATCH, has_rows, new_input, prune
-from onnxplain.graph.emit import Emitter, dims, is_float, rank, static_dims
+from onnxplain.graph.emit import HALVES, Emitter, dims, is_float, rank, static_dims
 from onnxplain.methods import target as targets
 from onnxplain.model import Model, single
 from onnxplain.run.feeds import Arrays, Feeds, all_finite, in_form
@@ -27,8 +27,6 @@ Layers = str | Sequence[str]
 
 Write = Callable[..., Sequence[ir.Value]]
 """``write(op, of, seed, wrt, *more)`` emits an explainer; its results are the outputs."""
-
-HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 @dataclass(frozen=True)

@@ -730,8 +730,7 @@ class LimeAttribution(PerturbationAttribution):
 
         name = question.wrt[0].name or ""
         x, place = question.feeds.arrays[name], np.array([example])
-        # Sessions are made for a number of features: a round one serves many pictures.
-        count = -(-z.shape[1] // 64) * 64
+        count = z.shape[1]
         features = Features(
             {name: x.shape}, {name: ids[None]}, count, np.arange(count)[None], place
         )

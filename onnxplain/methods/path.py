@@ -27,11 +27,10 @@ from onnxplain.graph.edit import (
     unstack_rows,
     upstream,
 )
-from onnxplain.graph.emit import Emitter, dims, is_float, rank
+from onnxplain.graph.emit import HALVES, Emitter, dims, is_float, rank
 from onnxplain.graph.grad import backward, check_path
 from onnxplain.methods import target as targets
 from onnxplain.methods.base import (
-    HALVES,
     DifferenceAttribution,
     Layers,
     Question,

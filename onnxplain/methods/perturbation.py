@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from onnxplain.blackbox import BlackBox
 from onnxplain.errors import EvaluationError, InputError, LayerError, failing
-from onnxplain.graph.emit import is_float
+from onnxplain.graph.emit import HALVES, is_float
 from onnxplain.methods import target as targets
-from onnxplain.methods.base import HALVES, Answer, Attribution, Layers, Question, input_values
+from onnxplain.methods.base import Answer, Attribution, Layers, Question, input_values
 from onnxplain.methods.baselines import masked_baselines
 from onnxplain.methods.noise import positive
 from onnxplain.model import Model

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxplain.errors import LayerError, UnsupportedModelError
 from onnxplain.graph import edit
 from onnxplain.graph.edit import BATCH, has_rows
-from onnxplain.graph.emit import Emitter, dims, is_float
+from onnxplain.graph.emit import HALVES, Emitter, dims, is_float
 from onnxplain.model import Model
 from onnxplain.perturb.game import Game, Given, Off, Permuted, Play
 from onnxplain.run.feeds import Feeds
@@ -27,7 +27,6 @@ from onnxplain.run.session import Feed
 _WHERE = (ir.DataType.UINT8, ir.DataType.INT32, ir.DataType.INT64)
 # Samples between two backgrounds, where these don't fit into one run.
 _PIECE = 64
-_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 class GraphGame(Game):
@@ -308,7 +307,7 @@ class Graph:
     def _scores(self, op: Emitter, of: ir.Value, lead: Sequence[Any]) -> ir.Value:
         """The scores [S, E, K] of what the model answers to all rows."""
         wanted = self.play.scores
-        if of.dtype in _HALVES or not is_float(of):
+        if of.dtype in HALVES or not is_float(of):
             of = op.Cast(of, to=ir.DataType.FLOAT)
         ends = [[1], [1], [1]] if self.play.at_once else lead
         flat = op.Reshape(of, op.Concat(*ends, [-1], axis=0))

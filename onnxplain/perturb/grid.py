@@ -15,10 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from onnxplain.graph.emit import Emitter, is_float
+from onnxplain.graph.emit import HALVES, Emitter, is_float
 from onnxplain.perturb.forms import Block, Form, Sampler
-
-_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 Stretch = Callable[[int, int], np.ndarray]
 """The matrix [new size, old size] that interpolates along an axis."""
@@ -256,7 +254,7 @@ class Maps(Form):
 def _wide(like: ir.Value) -> ir.DataType:
     """The dtype in which masks over a value are computed."""
     assert like.dtype is not None
-    return like.dtype if is_float(like) and like.dtype not in _HALVES else ir.DataType.FLOAT
+    return like.dtype if is_float(like) and like.dtype not in HALVES else ir.DataType.FLOAT
 
 
 def _as_mask(op: Emitter, mask: ir.Value, like: ir.Value) -> ir.Value:

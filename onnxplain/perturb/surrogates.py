@@ -100,7 +100,7 @@ class KernelShapFit(_Stored):
         v = scores.reshape(len(scores), -1)
         total, inner = v[0] - v[1], v[2:] - v[1]
         share = total / self._features
-        weights = np.ones(rows) if self._weights is None else self._weights[:rows]
+        weights = np.ones(rows) if self._weights is None else self._weights
         if not rows:
             change, missed = np.zeros((self._features, len(share))), np.zeros_like(share)
             errors, rank = None, 0
@@ -114,7 +114,7 @@ class KernelShapFit(_Stored):
                 same = all_of_it <= rounding
                 missed = np.where(same, missed > rounding, missed / all_of_it)
         values = share + change
-        if self._features == 1 or (self._weights is not None and rows == len(self._weights)):
+        if self._features == 1 or self._weights is not None:
             errors = np.zeros_like(values)
         return _Solved(
             values.T.reshape(*outputs, -1),
@@ -136,9 +136,8 @@ class KernelShapFit(_Stored):
             left[piece] = inner[piece] - size * share
             weighted = z * weights[piece, None]
             gram, cross = gram + z.T @ weighted, cross + weighted.T @ left[piece]
-        values, vectors = np.linalg.eigh(gram)
-        open_ = values <= values[-1] * _RANK
-        bread = (vectors * np.where(open_, 0, 1 / np.where(open_, 1, values))) @ vectors.T
+        half, vectors, rank = _inverted(gram)
+        bread = half @ vectors.T
         change = bread @ cross
         squares: Any = 0.0
         # Of fewer pairs than twice the features, too little is left over to tell their spread.
@@ -151,11 +150,11 @@ class KernelShapFit(_Stored):
             known = found is not None
             squares = squares + found if known else 0.0
         errors = np.sqrt(np.maximum(squares, 0)) if known else None
-        return change, errors, left, int((~open_).sum())
+        return change, errors, left, rank
 
     def _times(self) -> np.ndarray:
         """How often each coalition behind the first two was drawn, or its complement, [n]."""
-        packed = np.concatenate(self._packed)
+        (packed,) = self._packed
         full = packed[0]
         folded = np.where(packed[2:, :1] & np.uint64(1), packed[2:] ^ full, packed[2:])
         _, which, counts = np.unique(folded, axis=0, return_inverse=True, return_counts=True)
@@ -178,12 +177,11 @@ class KernelShapFit(_Stored):
         for part in parts:
             z = present[:, part] - mean
             gram += z @ z.T
-        values, vectors = np.linalg.eigh(gram)
-        open_ = values <= values[-1] * _RANK
+        half, vectors, rank = _inverted(gram)
         left = inner - mean * self._features * share
-        dual = (vectors * np.where(open_, 0, 1 / np.where(open_, 1, values))) @ (vectors.T @ left)
+        dual = half @ (vectors.T @ left)
         change = np.concatenate([(present[:, part] - mean).T @ dual for part in parts])
-        return change, None, left - gram @ dual, int((~open_).sum())
+        return change, None, left - gram @ dual, rank
 
     def result(self) -> np.ndarray:
         """[E, K, F]."""
@@ -213,6 +211,17 @@ class _Solved(NamedTuple):
     errors: np.ndarray | None
     fit: np.ndarray
     determined: bool
+
+
+def _inverted(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """The inverse where it is determined, as two factors (the second transposed), and the rank."""
+    values, vectors = np.linalg.eigh(gram)
+    open_ = values <= values[-1] * _RANK
+    return (
+        vectors * np.where(open_, 0, 1 / np.where(open_, 1, values)),
+        vectors,
+        int((~open_).sum()),
+    )
 
 
 def _spread(
